@@ -1,0 +1,17 @@
+"""A strict session: eight host devices, implicit rank promotion is an error, property tests repeat exactly."""
+
+import os
+
+# Read once, when JAX starts its backend: it has to stand before the first import of jax.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile(
+    "jaxbn", deadline=None, derandomize=True, max_examples=25, print_blob=True, database=None
+)
+hypothesis.settings.load_profile("jaxbn")
