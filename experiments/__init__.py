@@ -1,0 +1,1 @@
+"""Experiments that test what batch normalization does: `python -m experiments` lists them."""

@@ -1,0 +1,31 @@
+"""Tables as plain data, shown on a terminal or written as Markdown."""
+
+from typing import NamedTuple
+
+import rich.table
+
+
+class Table(NamedTuple):
+    """A small table of strings; the first column names the row."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str = ""  # what a reader has to know: units, number of seeds, what is not comparable
+
+
+def to_rich(table: Table) -> rich.table.Table:
+    """For a terminal."""
+    shown = rich.table.Table(title=table.title, caption=table.note or None, title_justify="left")
+    for number, column in enumerate(table.columns):
+        shown.add_column(column, justify="right" if number else "left")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def to_markdown(table: Table) -> str:
+    """For a report."""
+    head = ["| " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * (len(table.columns) - 1)]
+    body = ["| " + " | ".join(row) + " |" for row in table.rows]
+    return "\n".join([f"**{table.title}**", "", *head, *body, *(["", table.note] if table.note else [])])
