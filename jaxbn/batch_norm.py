@@ -1,0 +1,204 @@
+"""Batch normalization, assembled: measure, normalize, update."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn.moments import Moments, canonical_axes, inexact, pool_moments, shared_axes, size_of
+from jaxbn.normalize import Activation, batch_normalize, normalize
+from jaxbn.normalizer import Normalizer
+from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
+
+Initializer = Callable[..., jax.Array]
+
+
+def batch_norm(
+    *,
+    decay: float | None = 0.99,
+    epsilon: float = 1e-5,
+    feature_axis: int | Sequence[int] = -1,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    group_size: int | None = None,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    scale_init: Initializer = jax.nn.initializers.ones,
+    bias_init: Initializer = jax.nn.initializers.zeros,
+    dtype: jax.typing.DTypeLike | None = None,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    unbiased: bool = False,
+    debias: bool = False,
+    activation: Activation | None = None,
+    skip_nonfinite: bool = True,
+    allow_single_value: bool = False,
+) -> Normalizer:
+    """Batch normalization (Ioffe and Szegedy 2015): y = scale * (x - mean) / sqrt(var + epsilon) + bias.
+
+    In training mean and var are those of the batch, per feature, and gradients flow through them; at test time
+    they are the running ones. `apply` also takes `residual`, an array of x's shape added before the activation.
+
+    Args:
+      decay: of the running statistics: new = decay * old + (1 - decay) * batch (torch's momentum is 1 - decay). None
+        averages all batches equally.
+      epsilon: added to the variance, inside the square root.
+      feature_axis: the axis or axes kept; all others are reduced: -1 for dense layers and NHWC, 1 for NCHW.
+      axis_name: named axis, or tuple of them, whose shards share statistics (shard_map, pmap, vmap).
+      axis_index_groups: groups of equal size of indices on `axis_name` that share statistics.
+      group_size: ghost batches (Hoffer et al. 2017): each run of this many examples along the first axis that is not
+        a feature axis is normalized by itself, on its own device; the running statistics pool all groups and shards.
+      use_scale: learn a scale, "scale" in params.
+      use_bias: learn a bias, "bias" in params.
+      scale_init: scale_init(key, shape, dtype), ones.
+      bias_init: bias_init(key, shape, dtype), zeros.
+      dtype: of the output; None is the input's.
+      param_dtype: of scale and bias.
+      unbiased: the running variance is the unbiased one, as torch stores it; normalization always takes the biased.
+      debias: running averages start at zero and are corrected when read, so that early batches do not count short.
+      activation: elementwise function applied last; the backward pass recomputes what it needs of the output.
+      skip_nonfinite: a batch whose moments are not finite leaves the running statistics alone.
+      allow_single_value: train even where each feature sees one value only, so that y is the bias.
+
+    Returns:
+      A Normalizer with params {"scale", "bias"} and batch_stats {"mean", "var"}, and "weight" with debias or decay=None;
+      all of the features' shape. Running statistics are float32, float64 for float64 inputs.
+
+    Raises:
+      ValueError: decay outside [0, 1], a negative epsilon, debias with decay=None, a group_size below 1 or beside
+        axis_index_groups; and, from init and apply, inputs whose shapes do not fit.
+    """
+    _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups)
+    across = shared_axes(axis_name, axis_index_groups)
+
+    def init(key, x):
+        shape = _feature_shape(x, feature_axis)
+        scale_key, bias_key = jax.random.split(key)
+        params = {}
+        if use_scale:
+            params["scale"] = scale_init(scale_key, shape, param_dtype)
+        if use_bias:
+            params["bias"] = bias_init(bias_key, shape, param_dtype)
+        stats_dtype = jnp.promote_types(x.dtype, jnp.float32)
+        return {
+            "params": params,
+            "batch_stats": init_batch_stats(shape, stats_dtype, decay=decay, debias=debias),
+        }
+
+    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
+        del rng
+        x = inexact(x)
+        params, batch_stats = _checked(variables, x, feature_axis, train)
+        axes = _reduced_axes(x.ndim, feature_axis)
+        out = dict(epsilon=epsilon, activation=activation, dtype=dtype)
+        affine = params.get("scale"), params.get("bias")
+        if not train:
+            mean, var = running_moments(batch_stats, debias=debias)
+            return normalize(x, mean, var, *affine, axis=axes, residual=residual, **out), batch_stats
+        values = size_of(x.shape, axes) if group_size is None else _group_values(x.shape, axes, group_size)
+        if not allow_single_value and values * (across.size() if group_size is None else 1) == 1:
+            raise ValueError(_single_value(x, axes, group_size))
+        if group_size is None:
+            sharing = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
+            batch = dict(where=where, weights=weights, residual=residual)
+            y, moments = batch_normalize(x, *affine, axis=axes, **batch, **sharing, **out)
+        else:
+            y, moments = _ghost(x, affine, axes, group_size, across, where, weights, residual, out)
+        rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
+        return y, update_batch_stats(batch_stats, moments, **rule)
+
+    return Normalizer(init, apply)
+
+
+def _ghost(x, affine, axes, group_size, across, where, weights, residual, out) -> tuple[jax.Array, Moments]:
+    """Split the batch axis into [groups, group_size], normalize each group by itself, and pool their moments."""
+    batch_axis = axes[0]
+
+    def split(v):
+        if v is None:
+            return None
+        v = jnp.asarray(v)
+        v = v.reshape((1,) * (x.ndim - v.ndim) + v.shape)
+        groups = (-1, group_size) if v.shape[batch_axis] == x.shape[batch_axis] else (1, 1)
+        return v.reshape(v.shape[:batch_axis] + groups + v.shape[batch_axis + 1 :])
+
+    # The group axis takes the batch axis's place and counts as a feature axis; the rest moves up by one.
+    inner_axes = tuple(axis + 1 for axis in axes)
+    affine = (None if v is None else jnp.expand_dims(v, batch_axis) for v in affine)
+    batch = dict(where=split(where), weights=split(weights), residual=split(residual))
+    y, moments = batch_normalize(split(x), *affine, axis=inner_axes, **batch, **out)
+    return y.reshape(x.shape), pool_moments(jax.lax.stop_gradient(moments), batch_axis, across)
+
+
+def _group_values(shape, axes, group_size):
+    batch = shape[axes[0]]
+    if batch % group_size:
+        raise ValueError(
+            f"group_size={group_size} does not divide the batch of {batch} examples (x has shape {shape}); choose a"
+            " divisor, or pad the batch and mask the padding with where=."
+        )
+    return group_size * size_of(shape, axes[1:])
+
+
+def _reduced_axes(ndim, feature_axis):
+    kept = canonical_axes(feature_axis, ndim, "feature_axis")
+    return tuple(axis for axis in range(ndim) if axis not in kept)
+
+
+def _feature_shape(x, feature_axis):
+    return tuple(x.shape[axis] for axis in canonical_axes(feature_axis, len(x.shape), "feature_axis"))
+
+
+def _checked(variables, x, feature_axis, train):
+    if not isinstance(train, bool | np.bool_):
+        raise TypeError(
+            f"train={train!r}; expected True or False, known at trace time: mark it static under jit."
+        )
+    if "batch_stats" not in variables:
+        raise ValueError(
+            f"variables has {sorted(variables)}; expected what init returned: 'params' and 'batch_stats'."
+        )
+    params, batch_stats = variables.get("params", {}), variables["batch_stats"]
+    shape = _feature_shape(x, feature_axis)
+    for name, value in {**params, **batch_stats}.items():
+        if jnp.shape(value) != shape:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(value)} but x of shape {x.shape} has features of shape {shape} along"
+                f" feature_axis={feature_axis}; pass x of the shape that init saw, or init for this one."
+            )
+    if train and len(shape) == x.ndim:
+        raise ValueError(
+            f"x of shape {x.shape} has no axis left to average over: feature_axis={feature_axis} keeps all."
+        )
+    return params, batch_stats
+
+
+def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups):
+    if isinstance(decay, int | float) and not 0 <= decay <= 1:
+        raise ValueError(
+            f"decay={decay}; expected 0 to 1, the share of the old statistics (1 - torch's momentum)."
+        )
+    if not (epsilon >= 0 and math.isfinite(epsilon)):
+        raise ValueError(f"epsilon={epsilon}; expected a finite number of at least 0, such as 1e-5.")
+    if debias and decay is None:
+        raise ValueError(
+            "debias=True with decay=None: a plain average of all batches has no bias; leave debias out."
+        )
+    if group_size is not None and group_size < 1:
+        raise ValueError(
+            f"group_size={group_size}; expected at least 1 example a group, or None for no groups."
+        )
+    if group_size is not None and axis_index_groups is not None:
+        raise ValueError(
+            "group_size and axis_index_groups both choose who shares statistics; pass one of them."
+        )
+
+
+def _single_value(x, axes, group_size):
+    scope = f"axes {axes}" if group_size is None else f"groups of {group_size}"
+    return (
+        f"x of shape {x.shape} has one value per feature over {scope}: its variance is 0 and y would be the bias whatever x"
+        " is. Train on more examples, share statistics across devices with axis_name, use train=False, or pass"
+        " allow_single_value=True if that is what you want."
+    )

@@ -1,0 +1,325 @@
+"""Mean and variance of an array over some of its axes, over its shards, and of two data sets put together."""
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+# The largest |mean - shift| / std at which one pass of sums is kept: squaring loses (1 + ratio**2) roundings of var.
+_MAX_RATIO = 4.0
+# Each new shift leaves at most the rounding error of a sum, so the second is exact and the third only a reserve.
+_MAX_SHIFTS = 3
+
+
+class Moments(NamedTuple):
+    """What one set of values says of each feature.
+
+    Attributes:
+      count: how many values each feature saw, or the sum of their weights: float32 at least, [] or [features].
+      mean: [features], float32 at least; complex for complex values.
+      var: the biased variance, mean(|x - mean|**2): [features], real, float32 at least.
+    """
+
+    count: jax.Array
+    mean: jax.Array
+    var: jax.Array
+
+
+class Across(NamedTuple):
+    """The named axes whose shards share statistics; hashable, so that it can stand among static arguments."""
+
+    axis_name: Hashable | tuple[Hashable, ...] | None = None
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def size(self) -> int:
+        """Number of shards that share statistics; ValueError where the axis name is not bound."""
+        if self.axis_name is None:
+            return 1
+        try:
+            size = lax.axis_size(self.axis_name)
+        except NameError as error:
+            raise ValueError(
+                f"axis_name={self.axis_name!r} is not bound here. Call inside shard_map, pmap or vmap over a named axis"
+                " of that name; under plain jit with sharded inputs leave axis_name=None: statistics are global there."
+            ) from error
+        return size if self.groups is None else len(self.groups[0])
+
+    def total(self, tree):
+        """Sum of each leaf over the shards, all leaves in one collective."""
+        if self.axis_name is None:
+            return tree
+        flat, unravel = ravel_pytree(tree)
+        groups = None if self.groups is None else [list(group) for group in self.groups]
+        return unravel(lax.psum(flat, self.axis_name, axis_index_groups=groups))
+
+
+class Measured(NamedTuple):
+    """Moments whose mean is kept as two floats: the exact mean is `mean + remainder`."""
+
+    count: jax.Array
+    mean: jax.Array
+    remainder: jax.Array
+    var: jax.Array
+
+    @property
+    def moments(self) -> Moments:
+        return Moments(self.count, self.mean, self.var)
+
+
+def moments(
+    x: jax.Array,
+    axis: int | Sequence[int] | None = None,
+    *,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Count, mean and biased variance of x over `axis`, exact however far the mean lies from zero.
+
+    One pass over x where |mean| is at most 4 standard deviations or so; otherwise x is measured again from a shift near its
+    mean, so that neither cancellation nor overflow of the squares costs digits (Chan, Golub and LeVeque 1983, section 3).
+
+    Args:
+      x: floating or complex array of any shape.
+      axis: the axes to reduce, as in `jnp.mean`; None reduces all. The remaining axes are the features.
+      where: boolean, broadcastable to x: True counts. What it leaves out may be anything, NaN included.
+      weights: real, broadcastable to x: a weight of 2 counts as the same value twice. Constants: no gradient flows to them.
+      axis_name: named axis, or tuple of them, over whose shards the values are pooled.
+      axis_index_groups: groups of equal size of indices on `axis_name`; shards pool within their group.
+
+    Returns:
+      Moments of shape [features], float32 at least. A feature that saw nothing has count, mean and var 0.
+
+    Raises:
+      TypeError: x is not floating or complex, or `where` is not boolean.
+      ValueError: an axis out of range or named twice, `where` or `weights` that do not broadcast, an unbound axis name.
+    """
+    x = inexact(x)
+    across = shared_axes(axis_name, axis_index_groups)
+    return measure(x, combined_weights(x, where, weights), canonical_axes(axis, x.ndim), across).moments
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Moments of the values behind `a` and the values behind `b` put together, exactly.
+
+    mean = mean_a + (mean_b - mean_a) n_b / n and var = (n_a var_a + n_b var_b) / n + |mean_b - mean_a|**2 n_a n_b / n**2
+    (Chan, Golub and LeVeque 1983, equation 2.1). Zero count is the neutral element; two of them give zeros.
+
+    Args:
+      a: Moments of any shape.
+      b: Moments of the same or a broadcastable shape.
+    """
+    count = a.count + b.count
+    share_a, share_b = _ratio(a.count, count), _ratio(b.count, count)
+    apart = b.mean - a.mean
+    mean = jnp.where(share_b == 1, b.mean, a.mean + apart * share_b)
+    var = a.var * share_a + b.var * share_b + _squared(apart) * share_a * share_b
+    return Moments(count, mean, var)
+
+
+def pool_moments(m: Moments, axis: int | Sequence[int], across: Across = Across()) -> Moments:  # noqa: B008
+    """Moments of many sets put together: those along `axis` of m, and those of all shards."""
+    count = jnp.broadcast_to(m.count, m.mean.shape)
+    total, first = across.total((jnp.sum(count, axis), jnp.sum(count * m.mean, axis)))
+    mean = _ratio(first, total)
+    spread = m.var + _squared(m.mean - jnp.expand_dims(mean, axis))
+    return Moments(total, mean, _ratio(across.total(jnp.sum(count * spread, axis)), total))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across) -> Measured:
+    """Moments of x over `axes`, its mean as two floats; weights as `combined_weights` makes them."""
+    first = _shifted(x, weights, axes, across, None)
+
+    def again(state):
+        step, (measured, _) = state
+        return step + 1, _shifted(x, weights, axes, across, measured.mean)
+
+    _, (measured, _) = lax.while_loop(lambda s: (s[0] < _MAX_SHIFTS) & s[1][1], again, (0, first))
+    return measured
+
+
+def _shifted(x, weights, axes, across, shift) -> tuple[Measured, jax.Array]:
+    """Moments from the sums of c and |c|**2 for c = x - shift, and whether they lost too much to be kept."""
+    c = wide(x) if shift is None else wide(x) - jnp.expand_dims(shift, axes)
+    # Squares near the shift cannot overflow; from a far shift they can, and are summed again in units of their peak.
+    exponent = None if shift is None else _peak_exponent(c, weights, axes, across)
+    if exponent is not None:
+        c = _times_power(c, jnp.expand_dims(-exponent, axes))
+    count, first, second = _sums(c, weights, axes, across)
+    offset, square = _ratio(first, count), _ratio(second, count)
+    lost = square > (1 + _MAX_RATIO**2) * (square - _squared(offset))
+    var = jnp.maximum(square - _squared(offset), 0)
+    if exponent is not None:
+        offset, var = _times_power(offset, exponent), _times_power(_times_power(var, exponent), exponent)
+    shift = jnp.zeros_like(offset) if shift is None else shift
+    mean = shift + offset
+    # A shift within a few roundings of the mean is the best there is: a constant feature ends here.
+    settled = jnp.abs(offset) <= 8 * jnp.finfo(offset.dtype).eps * jnp.abs(shift)
+    retry = jnp.any((lost & ~settled) | jnp.isinf(second))
+    return Measured(count, mean, (shift - mean) + offset, var), retry
+
+
+def _sums(c, weights, axes, across):
+    """Count, sum and sum of squares, the last two [features], over axes and shards, in one collective."""
+    if weights is None:
+        count = jnp.asarray(size_of(c.shape, axes) * across.size(), c.real.dtype)
+        return count, *across.total((jnp.sum(c, axes), jnp.sum(_squared(c), axes)))
+    count = jnp.sum(weights, axes) * size_of(c.shape, [a for a in axes if weights.shape[a] == 1])
+    features = jax.eval_shape(partial(jnp.sum, axis=axes), c).shape
+    count = jnp.broadcast_to(count, features).astype(c.real.dtype)
+    return across.total((count, weighted_sum(c, weights, axes), weighted_sum(_squared(c), weights, axes)))
+
+
+def weighted_sum(values: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
+    """Sum of weights * values over axes, in which a weight of zero silences even a NaN."""
+    if weights is None:
+        return jnp.sum(values, axes)
+    return jnp.sum(jnp.where(weights == 0, 0, weights * values), axes)
+
+
+def _peak_exponent(c, weights, axes, across):
+    """Power of two above every |c| of a feature; the shards' peaks are summed, which bounds their maximum."""
+    size = jnp.abs(c) if weights is None else jnp.where(weights == 0, 0, jnp.abs(c))
+    peak = across.total(jnp.max(size, axes, initial=0))
+    # Beyond 126 the reciprocal is a denormal, which accelerators flush to zero.
+    return jnp.clip(jnp.frexp(peak)[1], -126, 126)
+
+
+def _times_power(x, exponent):
+    return x * jnp.ldexp(jnp.ones((), x.real.dtype), exponent)
+
+
+@measure.defjvp
+def _measure_jvp(axes, across, primals, tangents):
+    x, weights = primals
+    measured = measure(x, weights, axes, across)
+    dmean, half_dvar = _mean_tangents(x, weights, measured, tangents[0], axes, across)
+    zero_count, zero_remainder = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
+    return measured, Measured(zero_count, dmean, zero_remainder, 2 * half_dvar)
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(4, 5))
+def _mean_tangents(x, weights, measured, dx, axes, across):
+    """mean(dx) and mean(Re(conj(x - mean) dx)); what is kept for the backward pass is x and three vectors."""
+    return tangent_means(wide(dx), centered(x, measured, axes), weights, measured.count, axes, across)
+
+
+def tangent_means(dx, c, weights, count, axes, across):
+    """mean(dx) and mean(Re(conj(c) dx)) over axes and shards, weighted, in one collective: both [features]."""
+    share = _ratio(jnp.ones_like(count), count)
+    local = weighted_sum(dx, weights, axes), weighted_sum(inner(c, dx), weights, axes)
+    first, second = across.total(local)
+    return first * share, second * share
+
+
+def centered(x: jax.Array, measured: Measured, axes: tuple[int, ...]) -> jax.Array:
+    """X minus its exact mean, float32 at least."""
+    return (wide(x) - jnp.expand_dims(measured.mean, axes)) - jnp.expand_dims(measured.remainder, axes)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """X in float32 at least; float64 and complex stay."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Re(conj(a) b), elementwise."""
+    return a.real * b.real + a.imag * b.imag if jnp.iscomplexobj(a) or jnp.iscomplexobj(b) else a * b
+
+
+def _squared(x):
+    return inner(x, x)
+
+
+def _ratio(a, b):
+    """A / b, and 0 where b is 0."""
+    return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
+
+
+def size_of(shape: Sequence[int], axes: Sequence[int]) -> int:
+    """Number of values over `axes` of an array of that shape."""
+    size = 1
+    for axis in axes:
+        size *= shape[axis]
+    return size
+
+
+def inexact(x, name: str = "x") -> jax.Array:
+    """X as an array; TypeError unless floating or complex."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; expected a floating or complex array: cast it, as in x.astype(jnp.float32)."
+        )
+    return x
+
+
+def canonical_axes(axis: int | Sequence[int] | None, ndim: int, name: str = "axis") -> tuple[int, ...]:
+    """Axes as sorted non-negative ints; ValueError where one is out of range or named twice."""
+    if axis is None:
+        return tuple(range(ndim))
+    axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+    if any(not -ndim <= a < ndim for a in axes):
+        raise ValueError(
+            f"{name}={axis} is out of range for an array of rank {ndim}; expected {-ndim} to {ndim - 1}."
+        )
+    canonical = tuple(sorted(a % ndim for a in axes))
+    if len(set(canonical)) < len(canonical):
+        raise ValueError(
+            f"{name}={axis} names an axis of an array of rank {ndim} twice; name each axis once."
+        )
+    return canonical
+
+
+def shared_axes(axis_name, axis_index_groups) -> Across:
+    """Across, from what users pass; ValueError for groups without an axis or of unequal size."""
+    if axis_index_groups is None:
+        return Across(tuple(axis_name) if isinstance(axis_name, list) else axis_name)
+    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    if axis_name is None:
+        raise ValueError(
+            f"axis_index_groups={groups} came without axis_name; pass the axis whose indices they are."
+        )
+    if not groups or len({len(group) for group in groups}) != 1 or not groups[0]:
+        raise ValueError(
+            f"axis_index_groups={groups} has groups of unequal size; expected groups of one size."
+        )
+    return Across(axis_name, groups)
+
+
+def combined_weights(x: jax.Array, where, weights) -> jax.Array | None:
+    """`where` and `weights` as one real array of x's rank, 1 or x's length along each axis, or None."""
+    if where is None and weights is None:
+        return None
+    real = wide(x).real.dtype
+    parts = []
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool:
+            raise TypeError(
+                f"where has dtype {where.dtype}; expected booleans. Pass real weights as weights=."
+            )
+        parts.append(_of_rank(where, x, "where").astype(real))
+    if weights is not None:
+        weights = jnp.asarray(weights)
+        if jnp.iscomplexobj(weights):
+            raise TypeError(f"weights have dtype {weights.dtype}; expected real numbers.")
+        parts.append(_of_rank(weights, x, "weights").astype(real))
+    # Constants by contract: without this a gradient of zero would be recorded for them.
+    return lax.stop_gradient(parts[0] if len(parts) == 1 else parts[0] * parts[1])
+
+
+def _of_rank(w, x, name):
+    shape = (1,) * (x.ndim - w.ndim) + w.shape
+    if w.ndim > x.ndim or any(a not in (1, b) for a, b in zip(shape, x.shape, strict=True)):
+        raise ValueError(
+            f"{name} of shape {w.shape} does not broadcast to x of shape {x.shape}; for one entry an example along the"
+            f" first axis give it shape {(x.shape[0] if x.ndim else 1, *(1,) * (x.ndim - 1))}."
+        )
+    return w.reshape(shape)

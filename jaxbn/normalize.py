@@ -1,0 +1,222 @@
+"""Standardize, scale and shift: with given statistics, or with the array's own and gradients through them."""
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn.moments import (
+    Across,
+    Measured,
+    Moments,
+    canonical_axes,
+    centered,
+    combined_weights,
+    inexact,
+    measure,
+    shared_axes,
+    tangent_means,
+    wide,
+)
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def normalize(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] | None,
+    epsilon: float,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual), with given statistics.
+
+    For the statistics of x itself use `batch_normalize`, which also subtracts what rounding the mean to one float lost.
+    The backward pass keeps x and the vectors, nothing of the output's size.
+
+    Args:
+      x: floating or complex array.
+      mean: [features]: x's shape without `axis`; or broadcastable to that with as many axes.
+      var: as mean, real.
+      scale: as mean; None is 1.
+      bias: as mean; None is 0.
+      axis: the axes over which the statistics are shared, as in `jnp.mean`; None means all.
+      epsilon: added to var, inside the square root.
+      activation: elementwise function applied last, before the output is rounded to `dtype`.
+      residual: array of x's shape added before the activation: the shortcut of a residual network.
+      dtype: of the output; None is x's.
+
+    Raises:
+      TypeError: x is not floating or complex.
+      ValueError: an axis out of range, or statistics whose rank is not x's without `axis`.
+    """
+    x = inexact(x)
+    axes = canonical_axes(axis, x.ndim)
+    mean, var = jnp.asarray(mean), jnp.asarray(var)
+    for name, value in (("mean", mean), ("var", var), ("scale", scale), ("bias", bias)):
+        _check_features(name, value, x, axes)
+    _check_residual(residual, x)
+    spec = _Spec(axes, Across(), float(epsilon), activation, jnp.dtype(dtype or x.dtype))
+    measured = Measured(jnp.zeros(()), mean, jnp.zeros_like(mean), var)
+    return jax.checkpoint(_affine, prevent_cse=False, static_argnums=(5,))(
+        x, measured, scale, bias, residual, spec
+    )
+
+
+def batch_normalize(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] | None,
+    epsilon: float,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalize x by its own mean and variance over `axis`; gradients flow through both (Ioffe and Szegedy 2015, section 3).
+
+    y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual), every place of x included, those that
+    `where` leaves out too. All derivative modes and orders work. The backward pass keeps x, `residual` and vectors of
+    the features' shape, recomputes the rest, and takes two sums and one pass over x, with one collective.
+
+    Args:
+      x: floating or complex array of any shape; float16 and bfloat16 are computed in float32.
+      scale: [features], x's shape without `axis`, or broadcastable to that with as many axes; None is 1.
+      bias: as scale; None is 0.
+      axis: the axes to reduce, as in `jnp.mean`; None reduces all.
+      epsilon: added to the variance, inside the square root.
+      where: boolean mask of the values that count in the statistics; see `moments`.
+      weights: real weights of the values in the statistics; see `moments`.
+      axis_name: named axis, or tuple of them, whose shards share the statistics.
+      axis_index_groups: groups of shards that share them; see `moments`.
+      activation: elementwise function applied last, before the output is rounded to `dtype`.
+      residual: array of x's shape added before the activation.
+      dtype: of the output; None is x's.
+
+    Returns:
+      y of x's shape, and the Moments of x: float32 at least, [features].
+
+    Raises:
+      TypeError, ValueError: as `moments`, and for a scale, bias or residual of the wrong shape.
+    """
+    x = inexact(x)
+    axes = canonical_axes(axis, x.ndim)
+    _check_features("scale", scale, x, axes)
+    _check_features("bias", bias, x, axes)
+    _check_residual(residual, x)
+    across = shared_axes(axis_name, axis_index_groups)
+    spec = _Spec(axes, across, float(epsilon), activation, jnp.dtype(dtype or x.dtype))
+    y, measured = _standardize(x, scale, bias, residual, combined_weights(x, where, weights), spec)
+    return y, measured.moments
+
+
+class _Spec(NamedTuple):
+    """The static part of a normalization."""
+
+    axes: tuple[int, ...]
+    across: Across
+    epsilon: float
+    activation: Activation | None
+    dtype: jnp.dtype
+
+
+def _affine(x, measured, scale, bias, residual, spec):
+    """The output, from given statistics; one pass over x."""
+    gain = lax.rsqrt(measured.var + spec.epsilon)
+    gain = gain if scale is None else scale * gain
+    y = centered(x, measured, spec.axes) * jnp.expand_dims(gain, spec.axes)
+    return _finish(y, bias, residual, spec).astype(spec.dtype)
+
+
+def _finish(y, bias, residual, spec):
+    y = y if bias is None else y + jnp.expand_dims(bias, spec.axes)
+    y = y if residual is None else y + wide(residual)
+    return y if spec.activation is None else spec.activation(y)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _standardize(x, scale, bias, residual, weights, spec):
+    measured = measure(x, weights, spec.axes, spec.across)
+    return _affine(x, measured, scale, bias, residual, spec), measured
+
+
+@_standardize.defjvp
+def _standardize_jvp(spec, primals, tangents):
+    x, scale, bias, residual, weights = primals
+    y, measured = _standardize(*primals, spec)
+    dy, dmean, dvar = _tangent(spec, x, scale, bias, residual, weights, measured, *tangents[:4])
+    zeros = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
+    return (y, measured), (dy, Measured(zeros[0], dmean, zeros[1], dvar))
+
+
+# Written so that its transpose, which JAX derives, is the least backward pass: two sums of the output's cotangent (they are
+# the gradients of bias and scale too) and one elementwise pass. The checkpoint makes it keep x and vectors, and
+# recompute the rest where it is used. Statistics enter in units of the standard deviation: var itself would leave
+# the range of float32 in the products.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
+def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbias, dresidual):
+    axes = spec.axes
+    rstd = lax.rsqrt(measured.var + spec.epsilon)
+    gain = rstd if scale is None else scale * rstd
+    xhat = centered(x, measured, axes) * jnp.expand_dims(rstd, axes)
+    mean_dx, mean_xhat_dx = tangent_means(wide(dx), xhat, weights, measured.count, axes, spec.across)
+    shift = -gain * mean_dx if dbias is None else dbias - gain * mean_dx
+    slope = -gain * mean_xhat_dx if dscale is None else dscale - gain * mean_xhat_dx
+    shift, slope = _varying_together((shift, slope), spec.across, x)
+    dy = (
+        jnp.expand_dims(gain, axes) * wide(dx)
+        + jnp.expand_dims(shift, axes)
+        + xhat * jnp.expand_dims(slope, axes)
+    )
+    y = xhat if scale is None else xhat * jnp.expand_dims(scale, axes)
+    dy = dy if dresidual is None else dy + wide(dresidual)
+    if spec.activation is not None:
+        y = _finish(y, bias, residual, spec._replace(activation=None))
+        dy = jax.jvp(spec.activation, (y,), (dy,))[1]
+    return dy.astype(spec.dtype), mean_dx, 2 * mean_xhat_dx / rstd
+
+
+def _varying_together(tree, across, x):
+    """Mark vectors that all shards share as varying, in one step, so that their cotangents are summed in one collective."""
+    axes = tuple(_varying_axes(x) - frozenset().union(*map(_varying_axes, tree)))
+    if across.axis_name is None or not axes:
+        return tree
+    shape = jnp.broadcast_shapes(*(v.shape for v in tree))
+    stacked = jnp.stack([jnp.broadcast_to(v, shape) for v in tree])
+    return tuple(lax.pcast(stacked, axes, to="varying"))
+
+
+def _varying_axes(x) -> frozenset:
+    """Names of the mesh axes over which x differs inside shard_map; the attribute was called vma up to jax 0.10.1."""
+    aval = jax.typeof(x)
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
+def _check_features(name, value, x, axes):
+    if value is None:
+        return
+    features = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+    shape = jnp.shape(value)
+    if len(shape) != len(features) or any(a not in (1, b) for a, b in zip(shape, features, strict=True)):
+        raise ValueError(
+            f"{name} has shape {shape}; x of shape {x.shape} reduced over axes {axes} has features of shape {features}."
+        )
+
+
+def _check_residual(residual, x):
+    if residual is not None and jnp.shape(residual) != x.shape:
+        raise ValueError(f"residual has shape {jnp.shape(residual)}; expected x's shape {x.shape}.")
