@@ -62,8 +62,8 @@ def batch_norm(
       allow_single_value: train even where each feature sees one value only, so that y is the bias.
 
     Returns:
-      A Normalizer with params {"scale", "bias"} and batch_stats {"mean", "var"}, and "weight" with debias or decay=None;
-      all of the features' shape. Running statistics are float32, float64 for float64 inputs.
+      A Normalizer with params {"scale", "bias"} and batch_stats {"mean", "var"}, and "weight" with debias or
+      decay=None; all of the features' shape. Running statistics are float32, float64 for float64 inputs.
 
     Raises:
       ValueError: decay outside [0, 1], a negative epsilon, debias with decay=None, a group_size below 1 or beside
@@ -152,13 +152,9 @@ def _feature_shape(x, feature_axis):
 
 def _checked(variables, x, feature_axis, train):
     if not isinstance(train, bool | np.bool_):
-        raise TypeError(
-            f"train={train!r}; expected True or False, known at trace time: mark it static under jit."
-        )
+        raise TypeError(f"train={train!r}; expected True or False, known at trace time: mark it static under jit.")
     if "batch_stats" not in variables:
-        raise ValueError(
-            f"variables has {sorted(variables)}; expected what init returned: 'params' and 'batch_stats'."
-        )
+        raise ValueError(f"variables has {sorted(variables)}; expected what init returned: 'params' and 'batch_stats'.")
     params, batch_stats = variables.get("params", {}), variables["batch_stats"]
     shape = _feature_shape(x, feature_axis)
     for name, value in {**params, **batch_stats}.items():
@@ -176,29 +172,21 @@ def _checked(variables, x, feature_axis, train):
 
 def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups):
     if isinstance(decay, int | float) and not 0 <= decay <= 1:
-        raise ValueError(
-            f"decay={decay}; expected 0 to 1, the share of the old statistics (1 - torch's momentum)."
-        )
+        raise ValueError(f"decay={decay}; expected 0 to 1, the share of the old statistics (1 - torch's momentum).")
     if not (epsilon >= 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon={epsilon}; expected a finite number of at least 0, such as 1e-5.")
     if debias and decay is None:
-        raise ValueError(
-            "debias=True with decay=None: a plain average of all batches has no bias; leave debias out."
-        )
+        raise ValueError("debias=True with decay=None: a plain average of all batches has no bias; leave debias out.")
     if group_size is not None and group_size < 1:
-        raise ValueError(
-            f"group_size={group_size}; expected at least 1 example a group, or None for no groups."
-        )
+        raise ValueError(f"group_size={group_size}; expected at least 1 example a group, or None for no groups.")
     if group_size is not None and axis_index_groups is not None:
-        raise ValueError(
-            "group_size and axis_index_groups both choose who shares statistics; pass one of them."
-        )
+        raise ValueError("group_size and axis_index_groups both choose who shares statistics; pass one of them.")
 
 
 def _single_value(x, axes, group_size):
     scope = f"axes {axes}" if group_size is None else f"groups of {group_size}"
     return (
-        f"x of shape {x.shape} has one value per feature over {scope}: its variance is 0 and y would be the bias whatever x"
-        " is. Train on more examples, share statistics across devices with axis_name, use train=False, or pass"
+        f"x of shape {x.shape} has one value per feature over {scope}: its variance is 0 and y the bias whatever x is."
+        " Train on more examples, share statistics across devices with axis_name, use train=False, or pass"
         " allow_single_value=True if that is what you want."
     )

@@ -67,6 +67,7 @@ class Measured(NamedTuple):
 
     @property
     def moments(self) -> Moments:
+        """The same with the mean rounded to one float."""
         return Moments(self.count, self.mean, self.var)
 
 
@@ -81,14 +82,15 @@ def moments(
 ) -> Moments:
     """Count, mean and biased variance of x over `axis`, exact however far the mean lies from zero.
 
-    One pass over x where |mean| is at most 4 standard deviations or so; otherwise x is measured again from a shift near its
-    mean, so that neither cancellation nor overflow of the squares costs digits (Chan, Golub and LeVeque 1983, section 3).
+    One pass over x where |mean| is at most 4 standard deviations or so; otherwise x is measured again from a shift
+    near its mean, so that neither cancellation nor overflow of the squares costs digits (Chan, Golub and LeVeque 1983,
+    section 3).
 
     Args:
       x: floating or complex array of any shape.
       axis: the axes to reduce, as in `jnp.mean`; None reduces all. The remaining axes are the features.
       where: boolean, broadcastable to x: True counts. What it leaves out may be anything, NaN included.
-      weights: real, broadcastable to x: a weight of 2 counts as the same value twice. Constants: no gradient flows to them.
+      weights: real, broadcastable to x: a weight of 2 counts as the same value twice. No gradient flows to them.
       axis_name: named axis, or tuple of them, over whose shards the values are pooled.
       axis_index_groups: groups of equal size of indices on `axis_name`; shards pool within their group.
 
@@ -97,7 +99,8 @@ def moments(
 
     Raises:
       TypeError: x is not floating or complex, or `where` is not boolean.
-      ValueError: an axis out of range or named twice, `where` or `weights` that do not broadcast, an unbound axis name.
+      ValueError: an axis out of range or named twice, `where` or `weights` that do not broadcast, an axis name that
+        is not bound.
     """
     x = inexact(x)
     across = shared_axes(axis_name, axis_index_groups)
@@ -107,7 +110,7 @@ def moments(
 def merge_moments(a: Moments, b: Moments) -> Moments:
     """Moments of the values behind `a` and the values behind `b` put together, exactly.
 
-    mean = mean_a + (mean_b - mean_a) n_b / n and var = (n_a var_a + n_b var_b) / n + |mean_b - mean_a|**2 n_a n_b / n**2
+    mean = mean_a + (mean_b - mean_a) n_b / n; var = (n_a var_a + n_b var_b) / n + |mean_b - mean_a|**2 n_a n_b / n**2
     (Chan, Golub and LeVeque 1983, equation 2.1). Zero count is the neutral element; two of them give zeros.
 
     Args:
@@ -266,14 +269,10 @@ def canonical_axes(axis: int | Sequence[int] | None, ndim: int, name: str = "axi
         return tuple(range(ndim))
     axes = tuple(axis) if isinstance(axis, Sequence) else (axis,)
     if any(not -ndim <= a < ndim for a in axes):
-        raise ValueError(
-            f"{name}={axis} is out of range for an array of rank {ndim}; expected {-ndim} to {ndim - 1}."
-        )
+        raise ValueError(f"{name}={axis} is out of range for an array of rank {ndim}; expected {-ndim} to {ndim - 1}.")
     canonical = tuple(sorted(a % ndim for a in axes))
     if len(set(canonical)) < len(canonical):
-        raise ValueError(
-            f"{name}={axis} names an axis of an array of rank {ndim} twice; name each axis once."
-        )
+        raise ValueError(f"{name}={axis} names an axis of an array of rank {ndim} twice; name each axis once.")
     return canonical
 
 
@@ -283,13 +282,9 @@ def shared_axes(axis_name, axis_index_groups) -> Across:
         return Across(tuple(axis_name) if isinstance(axis_name, list) else axis_name)
     groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
     if axis_name is None:
-        raise ValueError(
-            f"axis_index_groups={groups} came without axis_name; pass the axis whose indices they are."
-        )
+        raise ValueError(f"axis_index_groups={groups} came without axis_name; pass the axis whose indices they are.")
     if not groups or len({len(group) for group in groups}) != 1 or not groups[0]:
-        raise ValueError(
-            f"axis_index_groups={groups} has groups of unequal size; expected groups of one size."
-        )
+        raise ValueError(f"axis_index_groups={groups} has groups of unequal size; expected groups of one size.")
     return Across(axis_name, groups)
 
 
@@ -302,9 +297,7 @@ def combined_weights(x: jax.Array, where, weights) -> jax.Array | None:
     if where is not None:
         where = jnp.asarray(where)
         if where.dtype != bool:
-            raise TypeError(
-                f"where has dtype {where.dtype}; expected booleans. Pass real weights as weights=."
-            )
+            raise TypeError(f"where has dtype {where.dtype}; expected booleans. Pass real weights as weights=.")
         parts.append(_of_rank(where, x, "where").astype(real))
     if weights is not None:
         weights = jnp.asarray(weights)

@@ -67,9 +67,7 @@ def normalize(
     _check_residual(residual, x)
     spec = _Spec(axes, Across(), float(epsilon), activation, jnp.dtype(dtype or x.dtype))
     measured = Measured(jnp.zeros(()), mean, jnp.zeros_like(mean), var)
-    return jax.checkpoint(_affine, prevent_cse=False, static_argnums=(5,))(
-        x, measured, scale, bias, residual, spec
-    )
+    return jax.checkpoint(_affine, prevent_cse=False, static_argnums=(5,))(x, measured, scale, bias, residual, spec)
 
 
 def batch_normalize(
@@ -87,11 +85,12 @@ def batch_normalize(
     residual: jax.Array | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, Moments]:
-    """Normalize x by its own mean and variance over `axis`; gradients flow through both (Ioffe and Szegedy 2015, section 3).
+    """Normalize x by its own mean and variance over `axis`; gradients flow through both.
 
     y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual), every place of x included, those that
     `where` leaves out too. All derivative modes and orders work. The backward pass keeps x, `residual` and vectors of
-    the features' shape, recomputes the rest, and takes two sums and one pass over x, with one collective.
+    the features' shape, recomputes the rest, and takes two sums and one pass over x, with one collective. The
+    transform is that of Ioffe and Szegedy (2015, algorithm 1).
 
     Args:
       x: floating or complex array of any shape; float16 and bfloat16 are computed in float32.
@@ -163,10 +162,10 @@ def _standardize_jvp(spec, primals, tangents):
     return (y, measured), (dy, Measured(zeros[0], dmean, zeros[1], dvar))
 
 
-# Written so that its transpose, which JAX derives, is the least backward pass: two sums of the output's cotangent (they are
-# the gradients of bias and scale too) and one elementwise pass. The checkpoint makes it keep x and vectors, and
-# recompute the rest where it is used. Statistics enter in units of the standard deviation: var itself would leave
-# the range of float32 in the products.
+# Written so that its transpose, which JAX derives, is the least backward pass: two sums of the output's cotangent (they
+# are the gradients of bias and scale too) and one elementwise pass. The checkpoint makes it keep x and vectors, and
+# recompute the rest where it is used. Statistics enter in units of the standard deviation: var itself would leave the
+# range of float32 in the products.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbias, dresidual):
     axes = spec.axes
@@ -177,11 +176,7 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
     shift = -gain * mean_dx if dbias is None else dbias - gain * mean_dx
     slope = -gain * mean_xhat_dx if dscale is None else dscale - gain * mean_xhat_dx
     shift, slope = _varying_together((shift, slope), spec.across, x)
-    dy = (
-        jnp.expand_dims(gain, axes) * wide(dx)
-        + jnp.expand_dims(shift, axes)
-        + xhat * jnp.expand_dims(slope, axes)
-    )
+    dy = jnp.expand_dims(gain, axes) * wide(dx) + jnp.expand_dims(shift, axes) + xhat * jnp.expand_dims(slope, axes)
     y = xhat if scale is None else xhat * jnp.expand_dims(scale, axes)
     dy = dy if dresidual is None else dy + wide(dresidual)
     if spec.activation is not None:
@@ -191,7 +186,7 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
 
 
 def _varying_together(tree, across, x):
-    """Mark vectors that all shards share as varying, in one step, so that their cotangents are summed in one collective."""
+    """Mark vectors that all shards share as varying in one step: their cotangents are then summed in one collective."""
     axes = tuple(_varying_axes(x) - frozenset().union(*map(_varying_axes, tree)))
     if across.axis_name is None or not axes:
         return tree

@@ -23,7 +23,7 @@ class Normalizer(NamedTuple):
 
 
 def identity(*, activation: Callable[[jax.Array], jax.Array] | None = None) -> Normalizer:
-    """No normalization: y = activation(x + residual), without parameters or statistics; the plain arm of a comparison."""
+    """No normalization, no parameters, no statistics: y = activation(x + residual), the plain arm of a comparison."""
 
     def init(key, x):
         del key, x
