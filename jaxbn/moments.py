@@ -10,7 +10,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 # The largest |mean - shift| / std at which one pass of sums is kept: squaring loses (1 + ratio**2) roundings of var.
-_MAX_RATIO = 4.0
+_MAX_RATIO = 2.0
 # Each new shift leaves at most the rounding error of a sum, so the second is exact and the third only a reserve.
 _MAX_SHIFTS = 3
 
@@ -82,7 +82,7 @@ def moments(
 ) -> Moments:
     """Count, mean and biased variance of x over `axis`, exact however far the mean lies from zero.
 
-    One pass over x where |mean| is at most 4 standard deviations or so; otherwise x is measured again from a shift
+    One pass over x where |mean| is at most 2 standard deviations or so; otherwise x is measured again from a shift
     near its mean, so that neither cancellation nor overflow of the squares costs digits (Chan, Golub and LeVeque 1983,
     section 3).
 
@@ -162,8 +162,8 @@ def _shifted(x, weights, axes, across, shift) -> tuple[Measured, jax.Array]:
         offset, var = _times_power(offset, exponent), _times_power(_times_power(var, exponent), exponent)
     shift = jnp.zeros_like(offset) if shift is None else shift
     mean = shift + offset
-    # A shift within a few roundings of the mean is the best there is: a constant feature ends here.
-    settled = jnp.abs(offset) <= 8 * jnp.finfo(offset.dtype).eps * jnp.abs(shift)
+    # No float lies nearer to the mean than such a shift does.
+    settled = mean == shift
     retry = jnp.any((lost & ~settled) | jnp.isinf(second))
     return Measured(count, mean, (shift - mean) + offset, var), retry
 
