@@ -2,4 +2,4 @@
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used: one line, saying what came in, what was expected, what to do."""
+    """Something the user gave cannot be used: one line with what came in, what was expected, what to do."""

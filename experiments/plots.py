@@ -22,9 +22,7 @@ class Picture(NamedTuple):
     caption: str
 
 
-def figure(
-    title: str, rows: int = 1, columns: int = 1, *, size: tuple[float, float]
-) -> tuple[Figure, np.ndarray]:
+def figure(title: str, rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
     """A figure whose title states the question, and its axes as [rows, columns]; `size` in inches of one panel."""
     drawn, axes = plt.subplots(
         rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.6), squeeze=False, layout="constrained"
@@ -36,9 +34,7 @@ def figure(
     return drawn, axes
 
 
-def band(
-    ax: Axes, x: Sequence[float], values: np.ndarray, *, label: str, color: str, style: str = "-"
-) -> None:
+def band(ax: Axes, x: Sequence[float], values: np.ndarray, *, label: str, color: str, style: str = "-") -> None:
     """Draw the mean over seeds of `values` [seeds, points] as a curve, and the range over seeds as a band."""
     values = np.asarray(values, np.float64)
     ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.18, linewidth=0)

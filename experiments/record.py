@@ -1,8 +1,8 @@
 """A run's directory: config.json, append-only metrics.jsonl, summary.json, pictures, and where to continue.
 
-Rows are appended as they are measured; `progress.json`, replaced atomically, says how many bytes of metrics.jsonl
-are certain, which stages are done, and which checkpoint goes with them. After a crash whatever was written later is cut
-off and computed again, so that no row appears twice.
+Rows are appended as they are measured; `progress.json`, replaced atomically, says how many bytes of
+metrics.jsonl are certain, which stages are done, and which checkpoint goes with them. After a crash whatever was
+written later is cut off and computed again, so that no row appears twice.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Record:
     def __init__(self, directory: Path, progress: dict):
         self.directory = directory
         self.progress = progress
+        self.saved_at = time.monotonic()  # when work was last made certain
 
     @property
     def metrics_path(self) -> Path:
@@ -95,13 +97,9 @@ def _continue(directory: Path, config: dict) -> Record:
     held = read_json(directory / "config.json")
     difference = _difference(held, config)
     if difference:
-        raise UserError(
-            f"{directory} holds another run ({difference}): choose another --out, or remove that directory"
-        )
+        raise UserError(f"{directory} holds another run ({difference}): choose another --out, or remove that directory")
     if not (directory / "progress.json").exists():  # killed between the first two writes: nothing is lost
-        write_json(
-            directory / "progress.json", {"bytes": 0, "done": [], "checkpoint": None, "finished": False}
-        )
+        write_json(directory / "progress.json", {"bytes": 0, "done": [], "checkpoint": None, "finished": False})
     record = Record(directory, read_json(directory / "progress.json"))
     _cut_back(record)
     if held.get("provenance") != config.get("provenance") and not record.finished:
@@ -111,7 +109,7 @@ def _continue(directory: Path, config: dict) -> Record:
 
 
 def _difference(held: dict, asked: dict) -> str:
-    """What differs between two configurations apart from their provenance, in words; empty if nothing does."""
+    """What differs between two configurations, their provenance apart, in words; empty if nothing does."""
     parts = [
         f"its {key} is {held.get(key)!r}, not {asked[key]!r}"
         for key in ("experiment", "preset")
@@ -178,6 +176,4 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text())
         if isinstance(value, dict):
             return value
-    raise UserError(
-        f"{path} is not readable JSON: remove {path.parent} to start over, or choose another --out"
-    )
+    raise UserError(f"{path} is not readable JSON: remove {path.parent} to start over, or choose another --out")

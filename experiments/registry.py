@@ -2,15 +2,16 @@
 
 An experiment is one module with these names:
 
-- `PRESETS`: `{"smoke": settings, "cpu": settings, "full": settings}`, each a flat, JSON-able dict with at least
-  `"seeds"` (an int), and `"data"` (a data set's name) if the experiment reads data;
+- `PRESETS`: `{"smoke": settings, "cpu": settings, "full": settings}`, each a flat, JSON-able dict with at
+  least `"seeds"` (an int), and `"data"` (a data set's name) if the experiment reads data;
 - `SOURCE`: where the claim comes from, in a line;
 - `run(settings, record, track)`: computes and appends rows to the record, stage by stage;
 - `judge(settings, rows) -> list[Verdict]`;
 - `tabulate(settings, rows) -> list[Table]`;
 - `draw(settings, rows, directory) -> list[Picture]`.
 
-The last three are pure functions of the rows, so that a finished run is judged and drawn again without training.
+The last three are pure functions of the rows, so that a finished run is judged and drawn again without
+training.
 A benchmark is one module with `main(arguments: list[str]) -> None`.
 """
 

@@ -52,7 +52,7 @@ def ratio_interval(ratios: Sequence[float], confidence: float = 0.95) -> Interva
 
 
 def decide(found: Interval, threshold: float) -> str:
-    """Supported if the whole interval lies above the threshold, not if it lies at or below, else inconclusive."""
+    """Supported if all of the interval lies above the threshold, not if none of it does, else inconclusive."""
     if found.low > threshold:
         return SUPPORTED
     return NOT_SUPPORTED if found.high <= threshold else INCONCLUSIVE

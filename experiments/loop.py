@@ -1,0 +1,244 @@
+"""Training a grid: every run (seed, rate, initialization, ...) of one architecture, together, in one compiled program.
+
+A *run* is a dict of numbers, with at least `"seed"`; a grid is a list of them. The program is a `lax.scan` over steps
+inside a `vmap` (or, where batching the operations of many networks costs more than it saves, a `lax.map`) over runs.
+The data set lies on the device once and all runs draw from it; metrics come back once per interval; the state is
+donated. Memory is bounded by training a long grid in parts of equal size, one after the other.
+
+Everything random follows from a run's seed and the step's number alone, so that a run is the same in any grid order,
+and a grid that continues from a checkpoint goes on as if it had never stopped.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from experiments import checkpoint, data
+from experiments.record import Record
+
+EVALUATION_BATCH = 1000  # images at a time: what a forward pass over the test set keeps in memory
+
+Track = Callable[[str, int, int], None]  # label, units done, units in all
+
+
+class Task(NamedTuple):
+    """What the runs of a grid have in common, as functions of the run (a dict of scalars, traced)."""
+
+    init: Callable  # init(run, key, x) -> {"params", "batch_stats"}; x: one batch of float32 images
+    apply: Callable  # apply(variables, x, *, train) -> (logits, batch_stats)
+    optimizer: Callable  # optimizer(run) -> optax.GradientTransformation
+
+
+class Schedule(NamedTuple):
+    """How long and in what portions: `steps` of `batch_size` examples, measured every `interval` steps."""
+
+    steps: int
+    interval: int
+    batch_size: int
+    runs_at_once: int = 64  # runs in memory together
+    mapped: bool = False  # run after run (lax.map) instead of all at once (vmap)
+
+
+def on_device(dataset: data.Dataset) -> dict[str, Array]:
+    """The data set as device arrays, the test set padded to whole evaluation batches with the label -1."""
+    padding = -len(dataset.test_labels) % min(EVALUATION_BATCH, len(dataset.test_labels))
+    arrays = {
+        "train_images": dataset.train_images,
+        "train_labels": dataset.train_labels,
+        "test_images": np.pad(dataset.test_images, [(0, padding), (0, 0), (0, 0), (0, 0)]),
+        "test_labels": np.pad(dataset.test_labels, (0, padding), constant_values=-1),
+    }
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+def batch_indices(seed: Array, start: Array, steps: int, batch_size: int, examples: int) -> Array:
+    """Which examples make the batches of steps `start ... start + steps - 1`: int32 [steps, batch_size].
+
+    Every epoch is a fresh permutation, keyed by the seed and the epoch's number; the examples that do not fill a last
+    batch sit that epoch out.
+    """
+    per_epoch = examples // batch_size
+    if not per_epoch:
+        raise ValueError(f"a batch of {batch_size} cannot be drawn from {examples} examples")
+    touched = (steps + per_epoch - 2) // per_epoch + 1  # epochs that `steps` steps can touch at most
+    epochs = start // per_epoch + jnp.arange(touched)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    shuffled = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), examples))(epochs)
+    batches = shuffled[:, : per_epoch * batch_size].reshape(touched * per_epoch, batch_size)
+    return jax.lax.dynamic_slice_in_dim(batches, start % per_epoch, steps)
+
+
+def init_run(task: Task, images: Array, run: dict) -> dict:
+    """The state of one run before its first step: variables and the optimizer's state."""
+    key = jax.random.fold_in(jax.random.key(run["seed"]), 0)
+    variables = task.init(run, key, data.pixels(images[:2]))
+    return {"variables": variables, "optimizer": task.optimizer(run).init(variables["params"])}
+
+
+def train_step(task: Task, run: dict, state: dict, images: Array, labels: Array) -> tuple[dict, Array]:
+    """One gradient step of one run on the cross-entropy; returns the new state and the loss before the step."""
+
+    def loss_of(params: dict) -> tuple[Array, dict]:
+        logits, batch_stats = task.apply({**state["variables"], "params": params}, images, train=True)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), batch_stats
+
+    params = state["variables"]["params"]
+    (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    updates, optimizer = task.optimizer(run).update(gradient, state["optimizer"], params)
+    params = optax.apply_updates(params, updates)
+    return {"variables": {"params": params, "batch_stats": batch_stats}, "optimizer": optimizer}, loss
+
+
+def accuracy(apply: Callable, variables: dict, images: Array, labels: Array) -> Array:
+    """The share of images whose label is predicted at test time; labels of -1 are padding. float32 scalar."""
+    size = min(EVALUATION_BATCH, len(labels))
+
+    def correct(batch: tuple[Array, Array]) -> Array:
+        logits, _ = apply(variables, data.pixels(batch[0]), train=False)
+        return jnp.sum(jnp.argmax(logits, axis=-1) == batch[1])
+
+    hits = jax.lax.map(correct, (images.reshape(-1, size, *images.shape[1:]), labels.reshape(-1, size)))
+    return jnp.sum(hits) / jnp.sum(labels >= 0)
+
+
+def compile_grid(task: Task, schedule: Schedule) -> tuple[Callable, Callable]:
+    """The grid's two programs: `start(runs, arrays) -> states` and `advance(states, runs, arrays, step)`.
+
+    `advance` trains every run for one interval from step number `step`, consumes `states`, and returns the new states
+    and {"loss", "accuracy"}, float32 [runs]: mean training loss over the interval, test accuracy at its end. `runs`
+    is a dict of arrays [runs], and every leaf of `states` has a leading axis [runs].
+    """
+    over_runs = jax.lax.map if schedule.mapped else lambda f, xs: jax.vmap(f)(xs)
+
+    @jax.jit
+    def start(runs: dict, arrays: dict) -> dict:
+        return jax.vmap(partial(init_run, task, arrays["train_images"]))(runs)
+
+    @partial(jax.jit, donate_argnums=0)
+    def advance(states: dict, runs: dict, arrays: dict, step: Array) -> tuple[dict, dict]:
+        def one(state_and_run: tuple[dict, dict]) -> tuple[dict, dict]:
+            state, run = state_and_run
+            indices = batch_indices(
+                run["seed"], step, schedule.interval, schedule.batch_size, len(arrays["train_labels"])
+            )
+
+            def body(state: dict, index: Array) -> tuple[dict, Array]:
+                images = data.pixels(arrays["train_images"][index])
+                return train_step(task, run, state, images, arrays["train_labels"][index])
+
+            state, losses = jax.lax.scan(body, state, indices)
+            reached = accuracy(task.apply, state["variables"], arrays["test_images"], arrays["test_labels"])
+            return state, {"loss": losses.mean(), "accuracy": reached}
+
+        return over_runs(one, (states, runs))
+
+    return start, advance
+
+
+def parts_of(runs: list[dict], at_once: int) -> list[list[dict]]:
+    """Split a grid into as few parts of at most `at_once` runs as will do, of sizes as equal as they come."""
+    count = -(-len(runs) // at_once)
+    size = -(-len(runs) // count)
+    return [runs[first : first + size] for first in range(0, len(runs), size)]
+
+
+def stacked(runs: list[dict], size: int) -> dict[str, Array]:
+    """Runs as a dict of arrays [size]; the last run fills up a part that is too short, so that nothing retraces."""
+    filled = [*runs, *[runs[-1]] * (size - len(runs))]
+    return {
+        name: jnp.asarray([run[name] for run in filled], jnp.int32 if name == "seed" else jnp.float32)
+        for name in runs[0]
+    }
+
+
+def train_grid(
+    record: Record,
+    stage: str,
+    task: Task,
+    schedule: Schedule,
+    runs: list[dict],
+    dataset: data.Dataset,
+    track: Track,
+    conclude: Callable[[list[dict], dict, dict], list[dict]] = lambda runs, variables, arrays: [],
+) -> None:
+    """Train every run of a grid and append its rows to the record, or continue where an earlier process stopped.
+
+    Rows are {"stage", "runs": the list} once, then {"stage", "first", "step", "loss": [...], "accuracy": [...]} per
+    interval, where `first` is the number in the grid of the first run of the lists. `conclude(runs, variables,
+    arrays)` sees the trained networks of each part (leaves [runs, ...]) and returns further rows.
+    """
+    if record.is_done(stage):
+        return
+    arrays, parts = on_device(dataset), parts_of(runs, schedule.runs_at_once)
+    programs = compile_grid(task, schedule)
+    first_part, done = checkpoint.position(record, stage)
+    if (first_part, done) == (0, 0):
+        record.append([{"stage": stage, "runs": runs}])
+    for number in range(first_part, len(parts)):
+        members = parts[number]
+        part = _Part(number, len(parts), members, stacked(members, len(parts[0])))
+        states = _train_part(record, stage, programs, schedule, part, arrays, track, done)
+        trained = jax.tree.map(partial(_first, len(members)), states["variables"])
+        record.append(conclude(members, trained, arrays))
+        checkpoint.pass_part(record, stage, number + 1)
+        done = 0
+    record.finish(stage)
+
+
+def _first(count: int, leaf: Array) -> Array:
+    return leaf[:count]
+
+
+class _Part(NamedTuple):
+    number: int
+    of: int
+    runs: list[dict]
+    stacked: dict[str, Array]
+
+
+def _train_part(record, stage, programs, schedule, part, arrays, track, done) -> dict:
+    """Train one part from its start, or from the record's checkpoint if `done` intervals are done; final states."""
+    start, advance = programs
+    intervals, size = schedule.steps // schedule.interval, len(part.stacked["seed"])
+    if done:
+        states = checkpoint.restore(record, jax.eval_shape(start, part.stacked, arrays))
+    else:
+        states = start(part.stacked, arrays)
+    for number in range(done, intervals):
+        track(stage, part.number * intervals + number, part.of * intervals)
+        states, metrics = advance(states, part.stacked, arrays, jnp.int32(number * schedule.interval))
+        row = {"stage": stage, "first": part.number * size, "step": (number + 1) * schedule.interval}
+        record.append([row | {name: np.asarray(values)[: len(part.runs)] for name, values in metrics.items()}])
+        if checkpoint.is_due(record):
+            checkpoint.save(record, stage, part.number, number + 1, states)
+    track(stage, (part.number + 1) * intervals, part.of * intervals)
+    return states
+
+
+class Curves(NamedTuple):
+    """What `train_grid` recorded of a stage."""
+
+    runs: list[dict]
+    steps: np.ndarray  # [points] int
+    loss: np.ndarray  # [runs, points]; nan where it was not finite
+    accuracy: np.ndarray  # [runs, points], test accuracy from 0 to 1
+
+
+def curves(rows: list[dict], stage: str) -> Curves:
+    """Put the rows of one stage together again."""
+    own = [row for row in rows if row.get("stage") == stage]
+    runs = next(row["runs"] for row in own if "runs" in row)
+    measured = [row for row in own if "step" in row]
+    steps = sorted({row["step"] for row in measured})
+    joined = {name: np.full((len(runs), len(steps)), np.nan) for name in ("loss", "accuracy")}
+    for row in measured:
+        first, column = row["first"], steps.index(row["step"])
+        for name, values in joined.items():
+            values[first : first + len(row[name]), column] = row[name]
+    return Curves(runs, np.asarray(steps), joined["loss"], joined["accuracy"])
