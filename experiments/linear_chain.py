@@ -1,9 +1,9 @@
-"""A network of one linear unit per layer: what one gradient step does to it, and what a Taylor series says it does.
+"""A network of one linear unit per layer: what a gradient step does to it, and what a Taylor series says of it.
 
-`y = x w_1 w_2 ... w_l`, the example of Goodfellow, Bengio and Courville, Deep Learning, section 8.7.1. `h = x w_1 ...
-w_(l-1)` is what the last weight sees; the normalized chain gives it `h_hat`, the batch-normalized `h`, instead.
+`y = x w_1 w_2 ... w_l`, the example of Goodfellow, Bengio and Courville, Deep Learning, section 8.7.1. What the last
+weight sees is `h = x w_1 ... w_(l-1)`; the normalized chain gives it `h_hat`, the batch-normalized h, instead.
 
-A chain is a function `(weights [layers], x [batch]) -> y [batch]`; every function here takes one chain, so that
+A chain is a function `(weights [layers], x [batch]) -> y [batch]`; every function here takes one chain, and
 `jax.vmap` runs thousands. Learning rates and costs have no unit.
 """
 
@@ -25,7 +25,7 @@ def below(lower_weights: Array, x: Array) -> Array:
 
 
 def standardize(h: Array, epsilon: float) -> Array:
-    """`h_hat = (h - mean) / sqrt(var + epsilon)` with the library's batch norm, no scale and no bias; h: [batch]."""
+    """`h_hat = (h - mean) / sqrt(var + epsilon)` by the library, without scale and bias; h: [batch]."""
     return jaxbn.batch_normalize(h, axis=(0,), epsilon=epsilon)[0]
 
 
@@ -40,20 +40,28 @@ def normalized(epsilon: float) -> Chain:
 
 
 def normalized_throughout(epsilon: float) -> Chain:
-    """`y = h_hat w_l` with batch norm after each of the lower layers, as networks have it."""
+    """Batch norm under every weight, as networks have it: `h_i = standardize(h_(i-1)) w_i`, with `h_0 = x`."""
 
     def layer(h: Array, weight: Array) -> tuple[Array, None]:
-        return standardize(h * weight, epsilon), None
+        return standardize(h, epsilon) * weight, None
 
-    return lambda weights, x: jax.lax.scan(layer, x, weights[:-1])[0] * weights[-1]
+    return lambda weights, x: jax.lax.scan(layer, x, weights)[0]
+
+
+def shortened(chain: Chain, active: Array) -> Chain:
+    """The chain with only its `active: [layers]` (bool) weights: the others are 1, whatever is given, and stay so.
+
+    One compiled program then serves chains of every depth.
+    """
+    return lambda weights, x: chain(jnp.where(active, weights, 1), x)
 
 
 def cost(chain: Chain, weights: Array, x: Array) -> Array:
     """Mean of `x y` over the batch: how strongly y answers to x.
 
-    It is linear in y, so that nothing but the chain bends it: the book's cost, which "has put a gradient of 1" on
-    the output, carried to a batch (the gradient on y_n is x_n / batch). The plainer mean of y would not do: x has
-    mean 0, and after normalization the mean of y is 0 whatever the weights are.
+    It is linear in y, so that nothing but the chain bends it: the book's cost, whose gradient on the output is 1,
+    carried to a batch (the gradient on y_n is x_n / batch). The plainer mean of y would not do: x has mean 0, and
+    after normalization the mean of y is 0 whatever the weights are.
     """
     return jnp.mean(x * chain(weights, x))
 
@@ -68,38 +76,46 @@ class Taylor(NamedTuple):
 
 
 def taylor(chain: Chain, weights: Array, x: Array) -> Taylor:
-    """Taylor coefficients along the negative gradient, the curvature by a jvp of the gradient (no Hessian is built)."""
+    """Taylor coefficients along the negative gradient; the curvature by forward over reverse, without a Hessian."""
 
     def value_and_gradient(w: Array) -> tuple[Array, Array]:
         return jax.value_and_grad(cost, argnums=1)(chain, w, x)
 
-    value, gradient = value_and_gradient(weights)
-    _, (_, hessian_times_gradient) = jax.jvp(value_and_gradient, (weights,), (gradient,))
+    (value, gradient), push = jax.linearize(value_and_gradient, weights)
+    _, hessian_times_gradient = push(gradient)
     return Taylor(value, gradient, gradient @ gradient, gradient @ hessian_times_gradient)
 
 
 class StepChange(NamedTuple):
     """The change of the cost by one gradient step; each field has the shape of the learning rates."""
 
-    true: Array  # cost(w - r g) - cost(w), in the arithmetic of the weights
+    true: Array  # cost(w - r g) - cost(w)
     forecast: Array  # first order: -r g.g
     second_order: Array  # r^2 g.H.g / 2
+    resolution: Array  # how much of `true` may be rounding: a difference below it says nothing
 
 
-def step_change(chain: Chain, weights: Array, x: Array, rates: Array) -> tuple[StepChange, Taylor]:
+def step_change(chain: Chain, weights: Array, x: Array, expansion: Taylor, rates: Array) -> StepChange:
     """What a step `w - r g` does to all layers at once, for every learning rate r in `rates: [rates]`."""
-    expansion = taylor(chain, weights, x)
 
     def stepped(rate: Array) -> Array:
         return cost(chain, weights - rate * expansion.gradient, x)
 
     true = jax.vmap(stepped)(rates) - expansion.value
-    change = StepChange(true, -rates * expansion.slope, 0.5 * rates**2 * expansion.curvature)
-    return change, expansion
+    # Two products of l factors are subtracted; each factor may be off by an epsilon, and the mean by a few.
+    rounding = 4 * weights.shape[0] * jnp.finfo(weights.dtype).eps * jnp.abs(expansion.value)
+    second_order = 0.5 * rates**2 * expansion.curvature
+    return StepChange(true, -rates * expansion.slope, second_order, jnp.full_like(rates, rounding))
+
+
+def relative_error(change: StepChange, predicted: Array) -> Array:
+    """`|true - predicted| / |forecast|`, and 0 where the difference is no more than rounding."""
+    gap = jnp.abs(change.true - predicted)
+    return jnp.where(gap <= change.resolution, 0.0, gap) / jnp.abs(change.forecast)
 
 
 def expansion_in_rate(weights: Array, gradient: Array) -> Array:
-    """Coefficients `c_0 ... c_l` of `prod_i (w_i - r g_i) = sum_k c_k r^k`: the plain step's whole Taylor series.
+    """Coefficients `c_0 ... c_l` of `prod_i (w_i - r g_i) = sum_k c_k r^k`: the plain step's whole expansion.
 
     Multiplies the l linear factors out one by one. weights, gradient: [layers]; result: [layers + 1].
     """
@@ -114,10 +130,10 @@ def expansion_in_rate(weights: Array, gradient: Array) -> Array:
 
 
 def orders_needed(weights: Array, gradient: Array, rate: Array, tolerance: float) -> Array:
-    """The smallest K such that the terms of order 1 to K, and to every K above it, give the plain step's change.
+    """The smallest K such that the terms of order 1 to K, or to any higher one, give the plain step's true change.
 
-    Within `tolerance` of the true change; weights, gradient: [layers]; an int32 scalar between 1 and layers. Only
-    ratios of terms enter, so the cost may be the product of the weights times any constant.
+    Within `tolerance` of it; weights, gradient: [layers]; an int32 scalar between 1 and layers. Only ratios of terms
+    enter, so the cost may be the product of the weights times any constant.
     """
     powers = rate ** jnp.arange(1, weights.shape[0] + 1, dtype=weights.dtype)
     partial = jnp.cumsum(expansion_in_rate(weights, gradient)[1:] * powers)
@@ -136,19 +152,6 @@ def kolmogorov_distance(h: Array) -> Array:
 def kolmogorov_limit(count: int) -> float:
     """What the distance of a *standardized* Gaussian sample of `count` values exceeds one time in twenty.
 
-    Stephens, EDF statistics for goodness of fit, J. Am. Stat. Assoc. 69 (1974), the case of both moments estimated.
+    Stephens, EDF statistics for goodness of fit, J. Am. Stat. Assoc. 69 (1974): mean and variance estimated.
     """
     return 0.895 / (count**0.5 - 0.01 + 0.85 / count**0.5)
-
-
-class Shape(NamedTuple):
-    """How a batch of one feature is distributed; each field a scalar."""
-
-    mean: Array
-    var: Array  # biased
-    distance: Array  # Kolmogorov distance to a unit Gaussian
-
-
-def shape_of(h: Array) -> Shape:
-    """Mean, variance and distance to a unit Gaussian of `h: [batch]`."""
-    return Shape(jnp.mean(h), jnp.var(h), kolmogorov_distance(h))
