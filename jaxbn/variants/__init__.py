@@ -1,0 +1,63 @@
+"""The normalizers of the literature, each one a `Normalizer`; the Flax linen cell is in `lstm_linen`."""
+
+from jaxbn.variants.conditional import conditional_batch_norm
+from jaxbn.variants.filter_response import filter_response_norm
+from jaxbn.variants.frozen import frozen, keep_at, path_mask, stop_gradient_at
+from jaxbn.variants.ghost import ghost_batch_norm
+from jaxbn.variants.group import group_norm
+from jaxbn.variants.instance import instance_norm
+from jaxbn.variants.inverse_root import inverse_square_root, newton_inverse_square_root
+from jaxbn.variants.layer import layer_norm
+from jaxbn.variants.lstm import LSTMCarry, RecurrentCell, batch_norm_lstm
+from jaxbn.variants.mean_only import mean_only_batch_norm, weight_norm, weight_norm_init, weight_norm_split
+from jaxbn.variants.noisy import noisy
+from jaxbn.variants.predecessors import penalty, renormalize_after_step
+from jaxbn.variants.recurrent import recurrent_batch_norm
+from jaxbn.variants.renorm import batch_renorm, paper_d_max, paper_r_max
+from jaxbn.variants.root_mean_square import rms_norm
+from jaxbn.variants.split import split_batch_norm
+from jaxbn.variants.stochastic import stochastic_batch_norm
+from jaxbn.variants.virtual import virtual_batch_norm
+from jaxbn.variants.whitening import whitening_norm
+
+__all__ = [
+    # Statistics of the batch
+    "batch_renorm",
+    "ghost_batch_norm",
+    "virtual_batch_norm",
+    "whitening_norm",
+    "conditional_batch_norm",
+    "split_batch_norm",
+    "stochastic_batch_norm",
+    "mean_only_batch_norm",
+    "recurrent_batch_norm",
+    # Statistics of each example
+    "layer_norm",
+    "instance_norm",
+    "group_norm",
+    "rms_norm",
+    "filter_response_norm",
+    # Around a normalizer
+    "noisy",
+    "frozen",
+    # Fine-tuning by path
+    "path_mask",
+    "stop_gradient_at",
+    "keep_at",
+    # Recurrent networks
+    "batch_norm_lstm",
+    "RecurrentCell",
+    "LSTMCarry",
+    # Weight normalization
+    "weight_norm",
+    "weight_norm_split",
+    "weight_norm_init",
+    # What batch norm replaced
+    "penalty",
+    "renormalize_after_step",
+    # Arguments of the above
+    "paper_r_max",
+    "paper_d_max",
+    "inverse_square_root",
+    "newton_inverse_square_root",
+]

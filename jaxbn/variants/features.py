@@ -1,0 +1,128 @@
+"""What every variant does with the features of x: find them, give them a scale and a bias, check them."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn.moments import Across, canonical_axes, size_of, wide
+
+Initializer = Callable[..., jax.Array]
+Activation = Callable[[jax.Array], jax.Array]
+
+
+class Affine(NamedTuple):
+    """How scale and bias start; a field that is None stands for a parameter that is not used.
+
+    Attributes:
+      scale_init: scale_init(key, shape, dtype).
+      bias_init: bias_init(key, shape, dtype).
+      dtype: of both.
+    """
+
+    scale_init: Initializer | None
+    bias_init: Initializer | None
+    dtype: jax.typing.DTypeLike = jnp.float32
+
+    def init(self, key: jax.Array, shape: tuple[int, ...]) -> dict[str, jax.Array]:
+        """Return {"scale", "bias"} of that shape, each where it is used."""
+        starts = {"scale": self.scale_init, "bias": self.bias_init}
+        keys = dict(zip(starts, jax.random.split(key), strict=True))
+        return {name: start(keys[name], shape, self.dtype) for name, start in starts.items() if start is not None}
+
+
+def affine_of(use_scale: bool, use_bias: bool, scale_init: Initializer, bias_init: Initializer, dtype) -> Affine:
+    """Affine, from the arguments that every variant has."""
+    return Affine(scale_init if use_scale else None, bias_init if use_bias else None, dtype)
+
+
+def reduced_axes(ndim: int, kept: int | Sequence[int], name: str = "feature_axis") -> tuple[int, ...]:
+    """All axes of an array of that rank but the kept ones."""
+    return tuple(axis for axis in range(ndim) if axis not in canonical_axes(kept, ndim, name))
+
+
+def feature_shape(x: jax.Array, feature_axis: int | Sequence[int]) -> tuple[int, ...]:
+    """Sizes of x, or of a ShapeDtypeStruct, along the feature axes."""
+    return tuple(x.shape[axis] for axis in canonical_axes(feature_axis, len(x.shape), "feature_axis"))
+
+
+def along(v: jax.Array | None, ndim: int, feature_axis: int | Sequence[int]) -> jax.Array | None:
+    """A vector over the features with ones for the other axes, so that it broadcasts to x; None stays."""
+    return None if v is None else jnp.expand_dims(v, reduced_axes(ndim, feature_axis))
+
+
+def stats_dtype(x: jax.Array) -> jnp.dtype:
+    """Of running statistics: float32 at least, wide enough for x."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(4, 5))
+def scale_shift(
+    x: jax.Array,
+    scale: jax.Array | None,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    activation: Activation | None,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    """activation(scale * x + bias + residual) in float32 at least, rounded once; the backward pass keeps the arguments.
+
+    Args:
+      x: the standardized array.
+      scale: broadcastable to x with as many axes; None is 1.
+      bias: as scale; None is 0.
+      residual: of x's shape; None is 0.
+      activation: elementwise; None is the identity.
+      dtype: of the result.
+    """
+    y = wide(x)
+    y = y if scale is None else scale * y
+    y = y if bias is None else y + bias
+    y = y if residual is None else y + wide(residual)
+    return (y if activation is None else activation(y)).astype(dtype)
+
+
+def checked(variables: dict, x: jax.Array, train: bool, **shapes: tuple[int, ...]) -> tuple[dict, dict]:
+    """Return params and batch_stats of variables, after checking train and the shapes of the entries named.
+
+    Raises:
+      TypeError: train is not a bool.
+      ValueError: batch_stats is missing, or an entry has another shape than the one given here.
+    """
+    if not isinstance(train, bool | np.bool_):
+        raise TypeError(f"train={train!r}; expected True or False, known at trace time: mark it static under jit.")
+    if "batch_stats" not in variables:
+        raise ValueError(f"variables has {sorted(variables)}; expected what init returned: 'params' and 'batch_stats'.")
+    params, batch_stats = variables.get("params", {}), variables["batch_stats"]
+    found = {**params, **batch_stats}
+    for name, shape in shapes.items():
+        if name in found and jnp.shape(found[name]) != shape:
+            raise ValueError(
+                f"{name} has shape {jnp.shape(found[name])} but x of shape {x.shape} wants {shape}; pass x of the shape"
+                " that init saw, or init for this one."
+            )
+    return params, batch_stats
+
+
+def check_several(x: jax.Array, axes: tuple[int, ...], across: Across = Across(), remedy: str = "") -> None:  # noqa: B008
+    """ValueError where each feature sees a single value, so that y is the bias whatever x is."""
+    if size_of(x.shape, axes) * across.size() == 1:
+        raise ValueError(
+            f"x of shape {x.shape} has one value per feature over axes {axes}: its variance is 0 and y the bias"
+            f" whatever x is. {remedy or 'Normalize over more axes, or share statistics with axis_name.'}"
+        )
+
+
+def check_epsilon(epsilon: float) -> None:
+    """ValueError unless epsilon is a finite number of at least 0."""
+    if not 0 <= epsilon < float("inf"):
+        raise ValueError(f"epsilon={epsilon}; expected a finite number of at least 0, such as 1e-5.")
+
+
+def check_decay(decay: float | None) -> None:
+    """ValueError unless decay is None or a share."""
+    if decay is not None and not 0 <= decay <= 1:
+        raise ValueError(f"decay={decay}; expected 0 to 1, the share of the old statistics (1 - torch's momentum).")
