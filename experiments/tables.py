@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import numpy as np
 import rich.table
 
 
@@ -29,3 +30,8 @@ def to_markdown(table: Table) -> str:
     head = ["| " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * (len(table.columns) - 1)]
     body = ["| " + " | ".join(row) + " |" for row in table.rows]
     return "\n".join([f"**{table.title}**", "", *head, *body, *(["", table.note] if table.note else [])])
+
+
+def spread(values: np.ndarray) -> str:
+    """Mean and standard deviation over seeds, in words; no deviation for one seed."""
+    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")

@@ -76,3 +76,11 @@ def verdict(
     found = (ratio_interval if ratio else interval)(effects)
     outcome = decide(found, threshold)
     return Verdict(claim, outcome, *found, unit, threshold, criterion, sentence, len(effects))
+
+
+def effect_in_words(found: Verdict) -> str:
+    """The effect, its interval and the number of values behind it."""
+    return (
+        f"Effect: {found.effect:.3g} {found.unit}, 95% interval {found.low:.3g} to {found.high:.3g},"
+        f" n = {found.count}; supported above {found.threshold:g}."
+    )
