@@ -1,0 +1,211 @@
+"""Flax linen modules: `BatchNorm`, which drops in for Flax's own, and `Norm`, which lifts any Normalizer."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import dtypes
+
+from jaxbn.batch_norm import batch_norm
+from jaxbn.moments import canonical_axes
+from jaxbn.normalizer import Normalizer
+from jaxbn.running import init_batch_stats
+
+
+class BatchNorm(nn.BatchNorm):
+    """`flax.linen.BatchNorm` on jaxbn's statistics: same arguments, defaults, variables, initial values and dtypes.
+
+    It is a subclass, so that code which looks for Flax's class finds it. What differs from Flax:
+
+    - Statistics are exact and float32 at least: far from zero too, and pooled by count over shards whose masks let
+      different numbers of values through. `use_fast_variance` and `force_float32_reductions` are accepted and change
+      nothing.
+    - A feature that saw nothing, or a batch that is not finite, leaves its running statistics alone.
+    - Training on one value per feature raises a ValueError; initializing with a batch of one does not.
+    - Running statistics are as wide as x from the start: complex for complex x, float64 for float64 x.
+
+    While variables are initialized neither `axis_name` nor `group_size` counts: the batch is one shard and one group.
+
+    Attributes:
+      use_running_average: normalize by the running statistics, and leave them alone; here or in the call, not both.
+      axis: the axis or axes *kept*, one scale and bias for each feature along them.
+      momentum: decay of the running statistics: new = momentum * old + (1 - momentum) * batch (torch's is the rest to
+        1). None averages all batches equally.
+      epsilon: added to the variance, inside the square root.
+      dtype: of the output; None promotes x, scale and bias, as Flax does.
+      param_dtype: of scale and bias.
+      use_bias: learn a bias.
+      use_scale: learn a scale.
+      bias_init: bias_init(key, shape, dtype); may return a boxed value, as under `nn.with_partitioning`.
+      scale_init: as bias_init.
+      axis_name: named axis, or tuple of them, whose shards share statistics (shard_map, pmap, vmap).
+      axis_index_groups: groups of indices on `axis_name` that share statistics.
+      use_fast_variance: accepted, without effect.
+      force_float32_reductions: accepted, without effect.
+      group_size: ghost batches of this many examples; see `jaxbn.batch_norm` for this and what follows.
+      unbiased: keep the unbiased variance in the running statistics, as torch does.
+      debias: running averages that start at zero and are corrected when read, with a third variable "weight".
+      activation: elementwise function applied last, fused into the backward pass.
+      skip_nonfinite: a batch whose moments are not finite leaves the running statistics alone.
+      allow_single_value: train even where each feature sees one value only.
+    """
+
+    group_size: int | None = None
+    unbiased: bool = False
+    debias: bool = False
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    skip_nonfinite: bool = True
+    allow_single_value: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize x: by the batch and moving "batch_stats", or by "batch_stats" with use_running_average.
+
+        Args:
+          x: [...], of any rank; integers are promoted as in Flax.
+          use_running_average: as the attribute; one of the two must be given, and only one.
+          mask: broadcastable to x: true where a value counts in the statistics.
+          weights: real, broadcastable to x: how much each value counts.
+          residual: of x's shape, added before the activation.
+
+        Returns:
+          y of x's shape.
+
+        Raises:
+          ValueError: use_running_average given twice or not at all; and as `jaxbn.batch_norm` raises.
+          flax.errors.ModifyScopeVariableError: training without "batch_stats" among the mutable collections.
+        """
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        x = floating(x)
+        shape = tuple(x.shape[axis] for axis in canonical_axes(self.axis, x.ndim))
+        stats_dtype = jnp.promote_types(x.dtype, jnp.float32)
+        start = partial(init_batch_stats, shape, stats_dtype, decay=self.momentum, debias=self.debias)
+        names = jax.eval_shape(start)
+        stats = {name: self.variable("batch_stats", name, lambda n=name: start()[n]) for name in names}
+        params = {}
+        if self.use_scale:
+            params["scale"] = self.param("scale", self.scale_init, shape, self.param_dtype)
+        if self.use_bias:
+            params["bias"] = self.param("bias", self.bias_init, shape, self.param_dtype)
+        dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
+        alone = dict(axis_name=None, axis_index_groups=None, group_size=None, allow_single_value=True)
+        norm = batch_norm_of(self, dtype=dtype, **(alone if self.is_initializing() else {}))
+        variables = {"params": params, "batch_stats": widened({n: v.value for n, v in stats.items()}, x.dtype)}
+        batch = dict(where=as_where(mask), weights=weights, residual=residual)
+        y, moved = norm.apply(variables, x, train=not use_running_average, **batch)
+        if not (use_running_average or self.is_initializing()):
+            for name, value in moved.items():
+                stats[name].value = value
+        return y
+
+
+class Norm(nn.Module):
+    """Any Normalizer as a module: its params in "params", its statistics in "batch_stats", under its own names.
+
+    Variables are made from the first x. While they are initialized y is what the normalizer gives with its initial
+    statistics (train=False), so that no named axis need be bound and a batch of one will do.
+
+    Attributes:
+      norm: the Normalizer.
+      use_running_average: as in `BatchNorm`; True calls it with train=False.
+      rng_collection: name of the stream of random keys. Where `apply` was given one of that name, the normalizer gets
+        a key from it as `rng`.
+    """
+
+    norm: Normalizer
+    use_running_average: bool | None = None
+    rng_collection: str = "norm"
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        **arguments: Any,
+    ) -> jax.Array:
+        """Normalize x, moving "batch_stats" unless use_running_average.
+
+        Args:
+          x: what the normalizer takes.
+          use_running_average: as the attribute; one of the two must be given, and only one.
+          mask: another name for the normalizer's `where`, as `BatchNorm` has it.
+          **arguments: for the normalizer's apply: where, weights, rng, residual, condition, step, ...
+
+        Raises:
+          ValueError: use_running_average given twice or not at all; mask beside where; and what the normalizer raises.
+          flax.errors.ModifyScopeVariableError: training without "batch_stats" among the mutable collections.
+        """
+        use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
+        arguments = with_mask(arguments, mask)
+        params, stats = self._variables(x)
+        if "rng" not in arguments and self.has_rng(self.rng_collection):
+            arguments["rng"] = self.make_rng(self.rng_collection)
+        variables = {"params": params, "batch_stats": {name: v.value for name, v in stats.items()}}
+        train = not (use_running_average or self.is_initializing())
+        y, moved = self.norm.apply(variables, x, train=train, **arguments)
+        if train:
+            for name, value in moved.items():
+                stats[name].value = value
+        return y
+
+    def _variables(self, x):
+        # One key for all of them: variables that belong together start together. Without a stream it is only traced.
+        key = self.make_rng("params") if self.has_rng("params") else jax.random.key(0)
+        start = partial(self.norm.init, key, jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
+        names = jax.eval_shape(start)
+        params = {n: self.param(n, lambda _, n=n: start()["params"][n]) for n in names["params"]}
+        stats = {
+            n: self.variable("batch_stats", n, lambda n=n: start()["batch_stats"][n]) for n in names["batch_stats"]
+        }
+        return params, stats
+
+
+def batch_norm_of(module: Any, **overrides: Any) -> Normalizer:
+    """The Normalizer that the fields of a `BatchNorm` module, linen's or nnx's, stand for."""
+    names = ("epsilon", "axis_name", "axis_index_groups", "group_size", "unbiased", "debias", "activation")
+    names += ("skip_nonfinite", "allow_single_value")
+    fields = {name: getattr(module, name) for name in names}
+    return batch_norm(**{"decay": module.momentum, "feature_axis": module.axis} | fields | overrides)
+
+
+def floating(x: jax.typing.ArrayLike) -> jax.Array:
+    """X as an array, integers as floats: Flax promotes them, jaxbn's functions refuse them."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def widened(batch_stats: dict[str, jax.Array], dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
+    """Running statistics that can hold those of an x of that dtype: float32 at least, a complex mean for complex x."""
+    mean = jnp.promote_types(dtype, jnp.float32)
+    real = jnp.finfo(mean).dtype
+    return {
+        name: jnp.asarray(value, jnp.promote_types(jnp.result_type(value), mean if name == "mean" else real))
+        for name, value in batch_stats.items()
+    }
+
+
+def as_where(mask: jax.typing.ArrayLike | None) -> jax.Array | None:
+    """Flax's mask, which may hold numbers, as the booleans that `where` wants."""
+    return None if mask is None else jnp.asarray(mask, bool)
+
+
+def with_mask(arguments: dict[str, Any], mask: jax.typing.ArrayLike | None) -> dict[str, Any]:
+    """Arguments with `mask` under the name `where`; ValueError where both came."""
+    if mask is None:
+        return arguments
+    if arguments.get("where") is not None:
+        raise ValueError("mask and where are two names for one argument; pass one of them.")
+    return arguments | {"where": as_where(mask)}

@@ -1,0 +1,257 @@
+"""Flax nnx modules: `BatchNorm`, which drops in for Flax's own, and `Norm`, which lifts any Normalizer."""
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from jaxbn.linen import as_where, batch_norm_of, floating, widened, with_mask
+from jaxbn.normalizer import Normalizer
+from jaxbn.running import init_batch_stats
+
+Initializer = Callable[..., Any]
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
+
+class BatchNorm(nnx.BatchNorm):
+    """`flax.nnx.BatchNorm` on jaxbn's statistics: same arguments, defaults, variables, initial values and dtypes.
+
+    It is a subclass, so that filters and code which look for Flax's class find it. What differs from Flax:
+
+    - Statistics are exact and float32 at least: far from zero too, and pooled by count over shards whose masks let
+      different numbers of values through. `use_fast_variance` is accepted and changes nothing.
+    - A feature that saw nothing, or a batch that is not finite, leaves its running statistics alone.
+    - Training on one value per feature raises a ValueError.
+    - Running statistics are never rounded to `dtype` before they normalize, and take complex x.
+    - With several axes kept, `num_features` is the tuple of their sizes, in the order of x's axes.
+
+    Args:
+      num_features: the size of x along `axis`; a tuple where `axis` is several.
+      use_running_average: normalize by the running statistics, and leave them alone; `train()` and `eval()` set it.
+      axis: the axis or axes *kept*, one scale and bias for each feature along them.
+      momentum: decay of the running statistics: new = momentum * old + (1 - momentum) * batch (torch's is the rest to
+        1). None averages all batches equally.
+      epsilon: added to the variance, inside the square root.
+      dtype: of the output; None promotes x, scale, bias and the statistics, as Flax does.
+      param_dtype: of scale and bias.
+      use_bias: learn a bias.
+      use_scale: learn a scale.
+      bias_init: bias_init(key, shape, dtype); may carry metadata, as under `nnx.with_partitioning`.
+      scale_init: as bias_init.
+      axis_name: named axis, or tuple of them, whose shards share statistics (shard_map, pmap, vmap).
+      axis_index_groups: groups of indices on `axis_name` that share statistics.
+      use_fast_variance: accepted, without effect.
+      promote_dtype: promote_dtype((x, mean, var, scale, bias), dtype=dtype) -> the five in the dtype of the
+        computation; what it makes of mean and var is not used.
+      rngs: its "params" stream makes the keys, scale's first.
+      bias_metadata: metadata of the bias variable, such as its sharding.
+      scale_metadata: as bias_metadata.
+      group_size: ghost batches of this many examples; see `jaxbn.batch_norm` for this and what follows.
+      unbiased: keep the unbiased variance in the running statistics, as torch does.
+      debias: running averages that start at zero and are corrected when read, with a third variable "weight".
+      activation: elementwise function applied last, fused into the backward pass.
+      skip_nonfinite: a batch whose moments are not finite leaves the running statistics alone.
+      allow_single_value: train even where each feature sees one value only.
+    """
+
+    # Flax's constructor is not called: it knows a single kept axis and float averages only.
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
+        momentum: float | None = 0.99,
+        epsilon: float = 1e-5,
+        dtype: jax.typing.DTypeLike | None = None,
+        param_dtype: jax.typing.DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = jax.nn.initializers.zeros,
+        scale_init: Initializer = jax.nn.initializers.ones,
+        axis_name: Hashable | tuple[Hashable, ...] | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., tuple] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        group_size: int | None = None,
+        unbiased: bool = False,
+        debias: bool = False,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+        skip_nonfinite: bool = True,
+        allow_single_value: bool = False,
+    ):
+        shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
+        for name, value in init_batch_stats(shape, decay=momentum, debias=debias).items():
+            setattr(self, name, nnx.BatchStat(value))
+
+        def param(used, init, metadata):
+            return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata) if used else nnx.data(None)
+
+        self.scale = param(use_scale, scale_init, scale_metadata)
+        self.bias = param(use_bias, bias_init, bias_metadata)
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.group_size = group_size
+        self.unbiased = unbiased
+        self.debias = debias
+        self.activation = activation
+        self.skip_nonfinite = skip_nonfinite
+        self.allow_single_value = allow_single_value
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize x: by the batch and moving the running statistics, or by these with use_running_average.
+
+        Args:
+          x: [...], of any rank; integers are promoted as in Flax.
+          use_running_average: for this call, in place of the attribute.
+          mask: broadcastable to x: true where a value counts in the statistics.
+          weights: real, broadcastable to x: how much each value counts.
+          residual: of x's shape, added before the activation.
+
+        Returns:
+          y of x's shape.
+
+        Raises:
+          ValueError: use_running_average is None here and in the module; and as `jaxbn.batch_norm` raises.
+        """
+        use_running_average = _chosen(use_running_average, self.use_running_average)
+        variables = {name: getattr(self, name) for name in ("mean", "var", "weight") if hasattr(self, name)}
+        stats = {name: variable[...] for name, variable in variables.items()}
+        x, params, dtype = self._promoted(x, stats)
+        batch = dict(where=as_where(mask), weights=weights, residual=residual)
+        state = {"params": params, "batch_stats": widened(stats, x.dtype)}
+        y, moved = batch_norm_of(self, dtype=dtype).apply(state, x, train=not use_running_average, **batch)
+        if not use_running_average:
+            jax.tree.map(_assign, variables, moved, is_leaf=_is_variable)
+        return y
+
+    def _promoted(self, x, stats):
+        scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
+        arrays = (x, stats["mean"], stats["var"], scale, bias)
+        promoted, _, _, scale, bias = self.promote_dtype(arrays, dtype=self.dtype)
+        params = {name: v for name, v in (("scale", scale), ("bias", bias)) if v is not None}
+        dtype = dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype)
+        # float32 is what x is computed in anyway, and the backward pass keeps x: let it keep the narrow one.
+        x = floating(x)
+        if jnp.result_type(promoted) != jnp.promote_types(x.dtype, jnp.float32):
+            x = floating(promoted)
+        return x, params, dtype
+
+
+class Norm(nnx.Module):
+    """Any Normalizer as a module: `params` a tree of nnx.Param, `batch_stats` a tree of nnx.BatchStat.
+
+    Args:
+      norm: the Normalizer.
+      x: what it will normalize: an array or a `jax.ShapeDtypeStruct`, of which only shape and dtype count; or the
+        number of features, which stands for float32 of shape [1, features].
+      use_running_average: as in `BatchNorm`: True calls it with train=False; `train()` and `eval()` set it.
+      rngs: its "params" stream makes the initial params. Where it has a stream named `rng_collection`, the normalizer
+        gets a key from a fork of it as `rng` in each call.
+      rng_collection: name of that stream.
+    """
+
+    def __init__(
+        self,
+        norm: Normalizer,
+        x: Shaped | int,
+        *,
+        use_running_average: bool | None = False,
+        rngs: nnx.Rngs,
+        rng_collection: str = "norm",
+    ):
+        shape, dtype = ((1, x), jnp.float32) if isinstance(x, int | np.integer) else (x.shape, x.dtype)
+        variables = norm.init(rngs.params(), jax.ShapeDtypeStruct(shape, dtype))
+        self.norm = nnx.static(norm)
+        self.params = nnx.data(jax.tree.map(nnx.Param, variables["params"]))
+        self.batch_stats = nnx.data(jax.tree.map(nnx.BatchStat, variables["batch_stats"]))
+        self.use_running_average = use_running_average
+        self.rngs = rngs[rng_collection].fork() if rng_collection in rngs else nnx.data(None)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+        **arguments: Any,
+    ) -> jax.Array:
+        """Normalize x, moving `batch_stats` unless use_running_average.
+
+        Args:
+          x: what the normalizer takes.
+          use_running_average: for this call, in place of the attribute.
+          mask: another name for the normalizer's `where`, as `BatchNorm` has it.
+          **arguments: for the normalizer's apply: where, weights, rng, residual, condition, step, ...
+
+        Raises:
+          ValueError: use_running_average is None here and in the module; mask beside where; and what the normalizer
+            raises.
+        """
+        use_running_average = _chosen(use_running_average, self.use_running_average)
+        arguments = with_mask(arguments, mask)
+        if "rng" not in arguments and self.rngs is not None:
+            arguments["rng"] = self.rngs()
+        trees = {"params": self.params, "batch_stats": self.batch_stats}
+        variables = jax.tree.map(lambda variable: variable[...], trees, is_leaf=_is_variable)
+        y, moved = self.norm.apply(variables, x, train=not use_running_average, **arguments)
+        if not use_running_average:
+            jax.tree.map(_assign, self.batch_stats, moved, is_leaf=_is_variable)
+        return y
+
+    def set_view(self, use_running_average: bool | None = None):
+        """Called by `nnx.view` to set the mode of a view of the module.
+
+        Args:
+          use_running_average: normalize by the running statistics, and leave them alone.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+
+def _chosen(in_call: bool | None, in_module: bool | None) -> bool:
+    if in_call is None and in_module is None:
+        raise ValueError(
+            "use_running_average is None in the module and in the call; pass it to either, or call the model's train()"
+            " or eval() first."
+        )
+    return in_module if in_call is None else in_call
+
+
+def _is_variable(node) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _assign(variable, value):
+    # Assignment to [...] keeps the old dtype, and so loses the imaginary part of the first complex mean.
+    if value.dtype == variable[...].dtype:
+        variable[...] = value
+    else:
+        variable.set_value(value)
