@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.moments import Moments, canonical_axes, inexact, pool_moments, shared_axes, size_of
-from jaxbn.normalize import Activation, batch_normalize, normalize
+from jaxbn.moments import Across, Measured, Moments, canonical_axes, inexact, pool_moments, shared_axes, size_of
+from jaxbn.normalize import Activation, normalize, normalize_by_batch
 from jaxbn.normalizer import Normalizer
 from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
 
@@ -23,6 +23,7 @@ def batch_norm(
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     group_size: int | None = None,
+    pool_axis_name: Hashable | tuple[Hashable, ...] | None = None,
     use_scale: bool = True,
     use_bias: bool = True,
     scale_init: Initializer = jax.nn.initializers.ones,
@@ -40,15 +41,23 @@ def batch_norm(
     In training mean and var are those of the batch, per feature, and gradients flow through them; at test time
     they are the running ones. `apply` also takes `residual`, an array of x's shape added before the activation.
 
+    Who shares mean and var, the scope, is chosen by four arguments, and for a given scope the result is the same on any
+    number of devices. The whole batch: nothing under jit, `axis_name` in shard_map, pmap or vmap. Runs of n examples,
+    be they a part of a device's batch, all of it or that of several devices: `group_size=n`, and `axis_name` as before.
+    Other groups of devices: `axis_name` with `axis_index_groups`, or the axis_name of one axis of a mesh with the
+    others in `pool_axis_name`. Each device for itself: `pool_axis_name` alone. The running statistics are those of all
+    the values, pooled by count over groups, `axis_name` and `pool_axis_name`: they are the same on all shards.
+
     Args:
       decay: of the running statistics: new = decay * old + (1 - decay) * batch (torch's momentum is 1 - decay). None
         averages all batches equally.
       epsilon: added to the variance, inside the square root.
       feature_axis: the axis or axes kept; all others are reduced: -1 for dense layers and NHWC, 1 for NCHW.
       axis_name: named axis, or tuple of them, whose shards share statistics (shard_map, pmap, vmap).
-      axis_index_groups: groups of equal size of indices on `axis_name` that share statistics.
+      axis_index_groups: groups of equal size of indices on `axis_name` that share mean and var.
       group_size: ghost batches (Hoffer et al. 2017): each run of this many examples along the first axis that is not
-        a feature axis is normalized by itself, on its own device; the running statistics pool all groups and shards.
+        a feature axis is normalized by itself; where that is more than a shard holds, by runs of shards.
+      pool_axis_name: named axis, or tuple of them, whose shards have the running statistics in common and nothing else.
       use_scale: learn a scale, "scale" in params.
       use_bias: learn a bias, "bias" in params.
       scale_init: scale_init(key, shape, dtype), ones.
@@ -70,7 +79,7 @@ def batch_norm(
         axis_index_groups; and, from init and apply, inputs whose shapes do not fit.
     """
     _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups)
-    across = shared_axes(axis_name, axis_index_groups)
+    shared = shared_axes(axis_name, axis_index_groups)
 
     def init(key, x):
         shape = _feature_shape(x, feature_axis)
@@ -96,23 +105,43 @@ def batch_norm(
         if not train:
             mean, var = running_moments(batch_stats, debias=debias)
             return normalize(x, mean, var, *affine, axis=axes, residual=residual, **out), batch_stats
-        values = size_of(x.shape, axes) if group_size is None else _group_values(x.shape, axes, group_size)
-        if not allow_single_value and values * (across.size() if group_size is None else 1) == 1:
+        across, ghosts = _scope(shared, x.shape, axes, group_size)
+        values = (size_of(x.shape, axes) if ghosts is None else ghosts * size_of(x.shape, axes[1:])) * across.size()
+        if not allow_single_value and values == 1:
             raise ValueError(_single_value(x, axes, group_size))
-        if group_size is None:
-            sharing = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
-            batch = dict(where=where, weights=weights, residual=residual)
-            y, moments = batch_normalize(x, *affine, axis=axes, **batch, **sharing, **out)
+        batch = dict(where=where, weights=weights, residual=residual)
+        if ghosts is None:
+            y, measured = normalize_by_batch(x, *affine, axis=axes, across=across, **batch, **out)
         else:
-            y, moments = _ghost(x, affine, axes, group_size, across, where, weights, residual, out)
+            y, measured = _ghost(x, affine, axes, ghosts, batch, out)
+        moments = _pooled(jax.lax.stop_gradient(measured), shared, across, pool_axis_name, axes[0], ghosts is not None)
         rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
         return y, update_batch_stats(batch_stats, moments, **rule)
 
     return Normalizer(init, apply)
 
 
-def _ghost(x, affine, axes, group_size, across, where, weights, residual, out) -> tuple[jax.Array, Moments]:
-    """Split the batch axis into [groups, group_size], normalize each group by itself, and pool their moments."""
+def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
+    """The shards that share mean and var, and how many examples of a shard do, or None for all of them."""
+    if group_size is None:
+        return shared, None
+    batch, shards = shape[axes[0]], shared.size()
+    if batch and group_size % batch == 0 and shards % (group_size // batch) == 0:
+        run = group_size // batch
+        if run in (1, shards):
+            return shared if run == shards else Across(), None
+        return shared._replace(groups=tuple(tuple(range(i, i + run)) for i in range(0, shards, run))), None
+    if batch % group_size:
+        raise ValueError(
+            f"group_size={group_size} does not divide the batch of {batch} examples (x has shape {shape}), nor is it"
+            f" that of a number of shards that divides {shards}; choose another, or pad the batch and mask the padding"
+            " with where=."
+        )
+    return Across(), group_size
+
+
+def _ghost(x, affine, axes, group_size, batch, out) -> tuple[jax.Array, Measured]:
+    """Split the batch axis into [groups, group_size] and normalize each group by itself."""
     batch_axis = axes[0]
 
     def split(v):
@@ -126,19 +155,25 @@ def _ghost(x, affine, axes, group_size, across, where, weights, residual, out) -
     # The group axis takes the batch axis's place and counts as a feature axis; the rest moves up by one.
     inner_axes = tuple(axis + 1 for axis in axes)
     affine = (None if v is None else jnp.expand_dims(v, batch_axis) for v in affine)
-    batch = dict(where=split(where), weights=split(weights), residual=split(residual))
-    y, moments = batch_normalize(split(x), *affine, axis=inner_axes, **batch, **out)
-    return y.reshape(x.shape), pool_moments(jax.lax.stop_gradient(moments), batch_axis, across)
+    batch = {name: split(v) for name, v in batch.items()}
+    y, measured = normalize_by_batch(split(x), *affine, axis=inner_axes, across=Across(branch=False), **batch, **out)
+    return y.reshape(x.shape), measured
 
 
-def _group_values(shape, axes, group_size):
-    batch = shape[axes[0]]
-    if batch % group_size:
-        raise ValueError(
-            f"group_size={group_size} does not divide the batch of {batch} examples (x has shape {shape}); choose a"
-            " divisor, or pad the batch and mask the padding with where=."
-        )
-    return group_size * size_of(shape, axes[1:])
+def _pooled(measured, shared, across, pool_axis_name, batch_axis, ghosts) -> Moments:
+    """Moments of all groups and shards, for the running statistics."""
+    names = [*_names(pool_axis_name), *(_names(shared.axis_name) if across.axis_name is None else ())]
+    apart = Across(tuple(n for n in dict.fromkeys(names) if n not in _names(across.axis_name)) or None)
+    # The rows of groups of shards come first, those of ghost groups where the batch axis was.
+    axis = batch_axis if ghosts else () if across.groups is None else 0
+    if axis == () and apart.axis_name is None:
+        return measured.moments
+    apart.size()
+    return pool_moments(measured, axis, apart)
+
+
+def _names(axis_name):
+    return () if axis_name is None else axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
 def _reduced_axes(ndim, feature_axis):

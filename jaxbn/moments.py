@@ -30,10 +30,21 @@ class Moments(NamedTuple):
 
 
 class Across(NamedTuple):
-    """The named axes whose shards share statistics; hashable, so that it can stand among static arguments."""
+    """The named axes whose shards share statistics; hashable, so that it can stand among static arguments.
+
+    With groups, totals are rows, one a group, the same on every shard: one collective that works under shard_map's
+    varying-axis check, pmap and vmap alike, and from which running statistics are pooled without another.
+
+    Attributes:
+      axis_name: named axis or tuple of them; None is none.
+      groups: of indices on it, all of one size; None is one group of all.
+      branch: measure again only where the first sums lost digits. That is one decision for all features, for which
+        features on different devices (ghost groups under jit) would have to talk: False measures again always.
+    """
 
     axis_name: Hashable | tuple[Hashable, ...] | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
+    branch: bool = True
 
     def size(self) -> int:
         """Number of shards that share statistics; ValueError where the axis name is not bound."""
@@ -46,15 +57,38 @@ class Across(NamedTuple):
                 f"axis_name={self.axis_name!r} is not bound here. Call inside shard_map, pmap or vmap over a named axis"
                 " of that name; under plain jit with sharded inputs leave axis_name=None: statistics are global there."
             ) from error
-        return size if self.groups is None else len(self.groups[0])
+        if self.groups is None:
+            return size
+        if sorted(index for group in self.groups for index in group) != list(range(size)):
+            raise ValueError(
+                f"axis_index_groups={self.groups} on axis {self.axis_name!r} of {size} shards; expected each index from"
+                f" 0 to {size - 1} once."
+            )
+        return len(self.groups[0])
 
     def total(self, tree):
-        """Sum of each leaf over the shards, all leaves in one collective."""
+        """Sum of each leaf over the shards, [groups, ...] with groups; all leaves in one collective."""
         if self.axis_name is None:
             return tree
         flat, unravel = ravel_pytree(tree)
-        groups = None if self.groups is None else [list(group) for group in self.groups]
-        return unravel(lax.psum(flat, self.axis_name, axis_index_groups=groups))
+        if self.groups is None:
+            return unravel(lax.psum(flat, self.axis_name))
+        mine = jnp.arange(len(self.groups)) == self._group()
+        return jax.vmap(unravel)(lax.psum(jnp.where(mine[:, None], flat[None], 0), self.axis_name))
+
+    def own(self, tree):
+        """This shard's group's entry of what `total` returned."""
+        if self.groups is None:
+            return tree
+        return jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, self._group(), keepdims=False), tree)
+
+    def row(self, v: jax.Array) -> jax.Array:
+        """A vector that all groups share, shaped to meet what `total` returns."""
+        return v if self.groups is None else jnp.expand_dims(v, 0)
+
+    def _group(self):
+        group_of = {index: number for number, group in enumerate(self.groups) for index in group}
+        return jnp.asarray([group_of[index] for index in sorted(group_of)])[lax.axis_index(self.axis_name)]
 
 
 class Measured(NamedTuple):
@@ -125,36 +159,59 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return Moments(count, mean, var)
 
 
-def pool_moments(m: Moments, axis: int | Sequence[int], across: Across = Across()) -> Moments:  # noqa: B008
-    """Moments of many sets put together: those along `axis` of m, and those of all shards."""
-    count = jnp.broadcast_to(m.count, m.mean.shape)
-    total, first = across.total((jnp.sum(count, axis), jnp.sum(count * m.mean, axis)))
-    mean = _ratio(first, total)
-    spread = m.var + _squared(m.mean - jnp.expand_dims(mean, axis))
-    return Moments(total, mean, _ratio(across.total(jnp.sum(count * spread, axis)), total))
+def pool_moments(m: Measured, axis: int | Sequence[int], across: Across = Across()) -> Moments:  # noqa: B008
+    """Moments of many sets put together: those along `axis` of m, and those of all shards; measured as x itself is."""
+    return _until_kept(partial(_shifted_pool, m, axis, across)).moments
+
+
+def _shifted_pool(m, axis, across, shift):
+    c = (m.mean if shift is None else m.mean - jnp.expand_dims(shift, axis)) + m.remainder
+    std = jnp.sqrt(m.var)
+    if shift is not None:
+        peak = across.total(jnp.max(jnp.where(m.count == 0, 0, jnp.maximum(jnp.abs(c), std)), axis))
+        exponent = _exponent(peak)
+        c, std = (_times_power(v, jnp.expand_dims(-exponent, axis)) for v in (c, std))
+    count = jnp.broadcast_to(m.count, std.shape)
+    sums = count, count * c, count * (_squared(std) + _squared(c))
+    sums = across.total(jax.tree.map(lambda v: jnp.sum(v, axis), sums))
+    return _from_sums(*sums, shift, None if shift is None else exponent)
+
+
+def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across) -> Measured:
+    """Moments of x over `axes`, its mean as two floats; weights as `combined_weights` makes them."""
+    return across.own(measure_groups(x, weights, axes, across))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across) -> Measured:
-    """Moments of x over `axes`, its mean as two floats; weights as `combined_weights` makes them."""
-    first = _shifted(x, weights, axes, across, None)
+def measure_groups(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across) -> Measured:
+    """`measure` for every group of shards: as `across.total` gives it."""
+    shifted = partial(_shifted, x, weights, axes, across)
+    if across.branch:
+        return _until_kept(shifted)
+    return shifted(shifted(None)[0].mean)[0]
+
+
+def _until_kept(shifted) -> Measured:
+    """shifted(shift) -> (Measured, retry): first from no shift, then from the mean so far until digits are kept."""
 
     def again(state):
         step, (measured, _) = state
-        return step + 1, _shifted(x, weights, axes, across, measured.mean)
+        return step + 1, shifted(measured.mean)
 
-    _, (measured, _) = lax.while_loop(lambda s: (s[0] < _MAX_SHIFTS) & s[1][1], again, (0, first))
-    return measured
+    return lax.while_loop(lambda s: (s[0] < _MAX_SHIFTS) & s[1][1], again, (0, shifted(None)))[1][0]
 
 
 def _shifted(x, weights, axes, across, shift) -> tuple[Measured, jax.Array]:
     """Moments from the sums of c and |c|**2 for c = x - shift, and whether they lost too much to be kept."""
-    c = wide(x) if shift is None else wide(x) - jnp.expand_dims(shift, axes)
+    c = wide(x) if shift is None else wide(x) - jnp.expand_dims(across.own(shift), axes)
     # Squares near the shift cannot overflow; from a far shift they can, and are summed again in units of their peak.
     exponent = None if shift is None else _peak_exponent(c, weights, axes, across)
     if exponent is not None:
-        c = _times_power(c, jnp.expand_dims(-exponent, axes))
-    count, first, second = _sums(c, weights, axes, across)
+        c = _times_power(c, jnp.expand_dims(-across.own(exponent), axes))
+    return _from_sums(*_sums(c, weights, axes, across), shift, exponent)
+
+
+def _from_sums(count, first, second, shift, exponent) -> tuple[Measured, jax.Array]:
     offset, square = _ratio(first, count), _ratio(second, count)
     lost = square > (1 + _MAX_RATIO**2) * (square - _squared(offset))
     var = jnp.maximum(square - _squared(offset), 0)
@@ -172,7 +229,8 @@ def _sums(c, weights, axes, across):
     """Count, sum and sum of squares, the last two [features], over axes and shards, in one collective."""
     if weights is None:
         count = jnp.asarray(size_of(c.shape, axes) * across.size(), c.real.dtype)
-        return count, *across.total((jnp.sum(c, axes), jnp.sum(_squared(c), axes)))
+        first, second = across.total((jnp.sum(c, axes), jnp.sum(_squared(c), axes)))
+        return count if across.groups is None else jnp.broadcast_to(count, second.shape), first, second
     count = jnp.sum(weights, axes) * size_of(c.shape, [a for a in axes if weights.shape[a] == 1])
     features = jax.eval_shape(partial(jnp.sum, axis=axes), c).shape
     count = jnp.broadcast_to(count, features).astype(c.real.dtype)
@@ -189,7 +247,10 @@ def weighted_sum(values: jax.Array, weights: jax.Array | None, axes: tuple[int, 
 def _peak_exponent(c, weights, axes, across):
     """Power of two above every |c| of a feature; the shards' peaks are summed, which bounds their maximum."""
     size = jnp.abs(c) if weights is None else jnp.where(weights == 0, 0, jnp.abs(c))
-    peak = across.total(jnp.max(size, axes, initial=0))
+    return _exponent(across.total(jnp.max(size, axes, initial=0)))
+
+
+def _exponent(peak):
     # Beyond 126 the reciprocal is a denormal, which accelerators flush to zero.
     return jnp.clip(jnp.frexp(peak)[1], -126, 126)
 
@@ -198,10 +259,10 @@ def _times_power(x, exponent):
     return x * jnp.ldexp(jnp.ones((), x.real.dtype), exponent)
 
 
-@measure.defjvp
+@measure_groups.defjvp
 def _measure_jvp(axes, across, primals, tangents):
     x, weights = primals
-    measured = measure(x, weights, axes, across)
+    measured = measure_groups(x, weights, axes, across)
     dmean, half_dvar = _mean_tangents(x, weights, measured, tangents[0], axes, across)
     zero_count, zero_remainder = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
     return measured, Measured(zero_count, dmean, zero_remainder, 2 * half_dvar)
@@ -210,12 +271,14 @@ def _measure_jvp(axes, across, primals, tangents):
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(4, 5))
 def _mean_tangents(x, weights, measured, dx, axes, across):
     """mean(dx) and mean(Re(conj(x - mean) dx)); what is kept for the backward pass is x and three vectors."""
-    return tangent_means(wide(dx), centered(x, measured, axes), weights, measured.count, axes, across)
+    return tangent_means(wide(dx), centered(x, across.own(measured), axes), weights, measured.count, axes, across)
 
 
 def tangent_means(dx, c, weights, count, axes, across):
-    """mean(dx) and mean(Re(conj(c) dx)) over axes and shards, weighted, in one collective: both [features]."""
+    """mean(dx) and mean(Re(conj(c) dx)) over axes and shards, weighted, in one collective: as `across.total`."""
     share = _ratio(jnp.ones_like(count), count)
+    # A NaN that has no weight is silenced here too: times the zero cotangent of its sum it would be NaN again.
+    c = c if weights is None else jnp.where(weights == 0, 0, c)
     local = weighted_sum(dx, weights, axes), weighted_sum(inner(c, dx), weights, axes)
     first, second = across.total(local)
     return first * share, second * share

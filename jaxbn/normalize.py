@@ -16,7 +16,7 @@ from jaxbn.moments import (
     centered,
     combined_weights,
     inexact,
-    measure,
+    measure_groups,
     shared_axes,
     tangent_means,
     wide,
@@ -112,15 +112,23 @@ def batch_normalize(
     Raises:
       TypeError, ValueError: as `moments`, and for a scale, bias or residual of the wrong shape.
     """
+    across = shared_axes(axis_name, axis_index_groups)
+    how = dict(axis=axis, epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
+    y, measured = normalize_by_batch(x, scale, bias, where=where, weights=weights, across=across, **how)
+    return y, across.own(measured.moments)
+
+
+def normalize_by_batch(
+    x, scale, bias, *, axis, epsilon, where, weights, across, activation, residual, dtype
+) -> tuple[jax.Array, Measured]:
+    """`batch_normalize` for an Across; what was measured comes back as `across.total` gives it."""
     x = inexact(x)
     axes = canonical_axes(axis, x.ndim)
     _check_features("scale", scale, x, axes)
     _check_features("bias", bias, x, axes)
     _check_residual(residual, x)
-    across = shared_axes(axis_name, axis_index_groups)
     spec = _Spec(axes, across, float(epsilon), activation, jnp.dtype(dtype or x.dtype))
-    y, measured = _standardize(x, scale, bias, residual, combined_weights(x, where, weights), spec)
-    return y, measured.moments
+    return _standardize(x, scale, bias, residual, combined_weights(x, where, weights), spec)
 
 
 class _Spec(NamedTuple):
@@ -135,6 +143,7 @@ class _Spec(NamedTuple):
 
 def _affine(x, measured, scale, bias, residual, spec):
     """The output, from given statistics; one pass over x."""
+    measured = spec.across.own(measured)
     gain = lax.rsqrt(measured.var + spec.epsilon)
     gain = gain if scale is None else scale * gain
     y = centered(x, measured, spec.axes) * jnp.expand_dims(gain, spec.axes)
@@ -149,7 +158,7 @@ def _finish(y, bias, residual, spec):
 
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _standardize(x, scale, bias, residual, weights, spec):
-    measured = measure(x, weights, spec.axes, spec.across)
+    measured = measure_groups(x, weights, spec.axes, spec.across)
     return _affine(x, measured, scale, bias, residual, spec), measured
 
 
@@ -168,14 +177,14 @@ def _standardize_jvp(spec, primals, tangents):
 # range of float32 in the products.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbias, dresidual):
-    axes = spec.axes
+    axes, own, row = spec.axes, spec.across.own, spec.across.row
     rstd = lax.rsqrt(measured.var + spec.epsilon)
-    gain = rstd if scale is None else scale * rstd
-    xhat = centered(x, measured, axes) * jnp.expand_dims(rstd, axes)
+    gain = rstd if scale is None else row(scale) * rstd
+    xhat = centered(x, own(measured), axes) * jnp.expand_dims(own(rstd), axes)
     mean_dx, mean_xhat_dx = tangent_means(wide(dx), xhat, weights, measured.count, axes, spec.across)
-    shift = -gain * mean_dx if dbias is None else dbias - gain * mean_dx
-    slope = -gain * mean_xhat_dx if dscale is None else dscale - gain * mean_xhat_dx
-    shift, slope = _varying_together((shift, slope), spec.across, x)
+    shift = -gain * mean_dx if dbias is None else row(dbias) - gain * mean_dx
+    slope = -gain * mean_xhat_dx if dscale is None else row(dscale) - gain * mean_xhat_dx
+    gain, shift, slope = own((gain, *_varying_together((shift, slope), spec.across, x)))
     dy = jnp.expand_dims(gain, axes) * wide(dx) + jnp.expand_dims(shift, axes) + xhat * jnp.expand_dims(slope, axes)
     y = xhat if scale is None else xhat * jnp.expand_dims(scale, axes)
     dy = dy if dresidual is None else dy + wide(dresidual)
