@@ -124,7 +124,7 @@ def evaluate(layer, x):
 
 
 def descend(layer, state, x, weights):
-    """Output, next state and gradients of sum(weights * sin(Re y)) by the parameters and, unless it is integer, by x."""
+    """Output, next state and gradients of sum(weights * sin(Re y)), by the parameters and by an x of floats."""
 
     def loss(params, x):
         y, moved = layer.apply(state, x, params, use_running_average=False)
