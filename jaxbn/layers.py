@@ -1,0 +1,39 @@
+"""The normalization layers of a tree of statistics, by path."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
+
+Layers = dict[str, dict[str, Any]]
+
+
+def find_layers(batch_stats: Any) -> Layers:
+    """Every layer that keeps a mean and a variance: {path: {"mean": .., "var": .., ...}}.
+
+    A path is "/" between names, such as "ResNet_0/norm", and "" for the statistics of one normalizer. The tree may be
+    a dict, a FrozenDict, an `nnx.State`, or hold boxed values such as `nn.Partitioned`.
+    """
+    layers: Layers = {}
+    for (path, name), leaf in _named_leaves(batch_stats)[0]:
+        layers.setdefault(path, {})[name] = leaf
+    return {path: stats for path, stats in layers.items() if {"mean", "var"} <= set(stats)}
+
+
+def replace_layers(batch_stats: Any, layers: Mapping[str, Mapping[str, Any]]) -> Any:
+    """The same tree with the leaves that `layers` names put in place of its own."""
+    leaves, treedef = _named_leaves(batch_stats)
+    return jax.tree.unflatten(treedef, [layers.get(path, {}).get(name, leaf) for (path, name), leaf in leaves])
+
+
+def _named_leaves(tree):
+    leaves, treedef = tree_flatten_with_path(tree)
+    return [(_split(path), leaf) for path, leaf in leaves], treedef
+
+
+def _split(path):
+    # Variables of nnx and boxed values of linen hold their array in an attribute of this name.
+    if path and path[-1] == GetAttrKey("value"):
+        path = path[:-1]
+    return keystr(path[:-1], simple=True, separator="/"), keystr(path[-1:], simple=True)
