@@ -112,7 +112,7 @@ def table_orders(settings: dict, rows: list[dict]) -> Table:
             pick(rows, name, arm=PLAIN, scale=scale, depth=deep)[0].mean(axis=-1) for name in names
         )
         for number, step in enumerate(STEPS):
-            figures = [f"{column[number]:.2g}" for column in (delivered, error, corrected)]
+            figures = [figure_or_overflow(column[number]) for column in (delivered, error, corrected)]
             needed = pick(rows, "orders", arm=PLAIN, scale=scale, depth=deep).mean()
             lines.append([f"{scale}, {step}", *figures, f"{needed:.0f}" if number == MAIN else ""])
     return Table(
@@ -120,7 +120,8 @@ def table_orders(settings: dict, rows: list[dict]) -> Table:
         ["weights, step", "true / forecast", "error", "error with second order", "orders needed"],
         lines,
         f"Medians over draws, mean over seeds. '{WANTED:g} wanted': the rate {WANTED:g} / g.g, forecast to lower the"
-        f" cost by {WANTED:g}. Orders needed: the terms that come within {FAILS:g} of the true change.",
+        f" cost by {WANTED:g}: as good as the output is large beside {WANTED:g}. Orders needed: the"
+        f" terms that come within {FAILS:g} of the true change.",
     )
 
 
@@ -133,7 +134,7 @@ def table_rates(settings: dict, rows: list[dict]) -> Table:
 
     lines = [
         [f"{arm}, {scale}", *(cell(row) for row in rows if (row.get("arm"), row["scale"]) == (arm, scale))]
-        for arm in settings["arms"]
+        for arm in (PLAIN, NORMALIZED)
         for scale in SCALES
     ]
     return Table(
@@ -187,9 +188,14 @@ def table_epsilon(settings: dict, rows: list[dict]) -> Table:
 
 
 def with_interval(values: np.ndarray) -> str:
-    """Mean over seeds and its 95% interval."""
+    """Mean over seeds and the half-width of its 95% interval."""
     found = interval(values)
-    return f"{found.mean:.2g} [{found.low:.2g}, {found.high:.2g}]"
+    return f"{found.mean:.2g} ± {found.high - found.mean:.1g}" if found.mean else "0"
+
+
+def figure_or_overflow(value: float) -> str:
+    """Two digits, or a word where float64 did not reach."""
+    return f"{value:.2g}" if np.isfinite(value) else "overflow"
 
 
 SHADES = {"around 0.9": "#f0a37c", "around 1.0": plots.COLORS["plain"], "around 1.1": "#6b1f05", "Gaussian": "#8c8c8c"}
@@ -202,6 +208,10 @@ def draw(settings: dict, rows: list[dict], directory: Path) -> list[plots.Pictur
     )
     draw_delivered(axes[0, 0], settings, rows)
     draw_usable(axes[0, 1], settings, rows)
+    for ax in axes[0, :2]:
+        ax.set_xscale("log")
+        ax.set_xticks(settings["depths"], settings["depths"])
+        ax.minorticks_off()
     draw_variance(axes[0, 2], settings, rows)
     caption = (
         "A chain of one linear unit per layer. Left: the share of the forecast change that one step delivers. Middle:"
@@ -243,10 +253,9 @@ def draw_usable(ax: Axes, settings: dict, rows: list[dict]) -> None:
     ax.plot(depths, lowest, "--", color=plots.COLORS["batch norm"], linewidth=1.8)
     ax.annotate(
         "h normalized: every rate tried",
-        (depths[-1], lowest[-1]),
+        (depths[0], lowest[0]),
         (0, -12),
         textcoords="offset points",
-        ha="right",
         fontsize=8,
         color=plots.COLORS["batch norm"],
     )
@@ -269,6 +278,7 @@ def draw_variance(ax: Axes, settings: dict, rows: list[dict]) -> None:
     for place in places[~apart]:
         ax.annotate("both are 0", (1, place), ha="center", va="center", fontsize=8)
     ax.set_yticks(places, shown, fontsize=8)
-    ax.set(xscale="log", xlabel="variance (90% of the draws)")
-    ax.set_title(f"The last weight's input, layers below changed ({deep} layers, weights around 1.0)", fontsize=9)
+    ax.set(xscale="log", xlabel="variance (weights around 1.0, 90% of the draws)")
+    ax.set_ylim(-0.6, len(shown) - 0.4)
+    ax.set_title("What the last weight sees after a change below")
     ax.legend(frameon=False, fontsize=8, loc="upper left")

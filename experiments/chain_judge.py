@@ -188,20 +188,24 @@ def judge_below(settings: dict, rows: list[dict]) -> list[Verdict]:
 def judge_corners(rows: list[dict]) -> Verdict:
     """The cases in which the layers below do matter."""
     expected = {"one set to zero": "collapsed", "one sign flipped": "opposite", "two signs flipped": "same"}
-    shares = {
-        change: pick(rows, name, arithmetic=EXACT, change=change).min(axis=0) for change, name in expected.items()
-    }
+
+    def share(change: str, name: str) -> np.ndarray:
+        return pick(rows, name, arithmetic=EXACT, change=change)
+
+    shares = {change: share(change, name).min(axis=0) for change, name in expected.items()}
+    others = [change for change in CHANGES if change not in expected]
+    either = [(share(change, "same") + share(change, "opposite")).min(axis=0) for change in others]
+    turned = "; ".join(f"{change} {percent(share(change, 'opposite'))}" for change in others if change != "none")
     return verdict(
         "The lower layers have an effect in corner cases only: a weight of 0, or an odd number of signs flipped.",
-        np.min(list(shares.values()), axis=0),
+        np.min([*shares.values(), *either], axis=0),
         threshold=0.99,
         unit="share of draws",
         criterion="Share of draws in which h_hat vanishes with a weight of 0, turns into -h_hat with one sign flipped"
-        " and stays with two, at the worst depth and weights; support above 0.99.",
-        sentence="; ".join(
-            f"{change}: h_hat {expected[change]} in {percent(share)}" for change, share in shares.items()
-        )
-        + ".",
+        " and stays with two, and is h_hat or -h_hat after every other change, at the worst depth and weights; support"
+        " above 0.99.",
+        sentence="; ".join(f"{change}: h_hat {expected[change]} in {percent(seen)}" for change, seen in shares.items())
+        + f". Signs turn without being asked to, too: {turned}.",
     )
 
 

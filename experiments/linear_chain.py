@@ -102,10 +102,11 @@ def step_change(chain: Chain, weights: Array, x: Array, expansion: Taylor, rates
         return cost(chain, weights - rate * expansion.gradient, x)
 
     true = jax.vmap(stepped)(rates) - expansion.value
-    # Two products of l factors are subtracted; each factor may be off by an epsilon, and the mean by a few.
-    rounding = 4 * weights.shape[0] * jnp.finfo(weights.dtype).eps * jnp.abs(expansion.value)
-    second_order = 0.5 * rates**2 * expansion.curvature
-    return StepChange(true, -rates * expansion.slope, second_order, jnp.full_like(rates, rounding))
+    forecast = -rates * expansion.slope
+    # Products of l factors are subtracted, and summed over the batch: each factor may be off by an epsilon or so.
+    rounding = 4 * weights.shape[0] * jnp.finfo(weights.dtype).eps
+    resolution = rounding * (jnp.abs(expansion.value) + jnp.abs(forecast))
+    return StepChange(true, forecast, 0.5 * rates**2 * expansion.curvature, resolution)
 
 
 def relative_error(change: StepChange, predicted: Array) -> Array:
