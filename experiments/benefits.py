@@ -75,9 +75,9 @@ def task(activation: str, arm: str) -> loop.Task:
     build = partial(models.mlp, WIDTHS, norm, use_bias=not normalized, activation=ACTIVATIONS[activation])
 
     def init(run, key, x):
-        return build(weight_init=jax.nn.initializers.normal(run["deviation"])).init(key, x)
+        return build(weights=models.normal_weights(run["deviation"])).init(key, x)
 
-    apply = build(weight_init=jax.nn.initializers.zeros).apply
+    apply = build(weights=models.normal_weights(0.0)).apply  # of which only init makes use
     return loop.Task(init, apply, lambda run: optax.sgd(run["rate"]))
 
 

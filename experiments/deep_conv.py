@@ -20,7 +20,6 @@ full run.
 import functools
 from pathlib import Path
 
-import numpy as np
 import optax
 
 import jaxbn

@@ -1,10 +1,12 @@
 """Networks as pairs of functions that take a `jaxbn.Normalizer` and do not care which.
 
 `init(key, x) -> variables` and `apply(variables, x, *, train) -> (logits, batch_stats)`, where `variables` is
-`{"params": ..., "batch_stats": ...}` and x: [batch, ...] float32. Weights are drawn layer by layer from keys that
-depend on the layer's number alone, so that a plain network and its normalized twin start from the same weights.
+`{"params": ..., "batch_stats": ...}` and x: [batch, ...] float32. All weights of a network are one random draw, cut up
+by layer: it compiles once instead of once per shape (a second each on a CPU), and a plain network and its normalized
+twin start from the same weights.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -14,7 +16,7 @@ from jax import Array
 
 import jaxbn
 
-Initializer = Callable[..., Array]
+Shape = tuple[int, ...]
 
 
 class Network(NamedTuple):
@@ -24,32 +26,46 @@ class Network(NamedTuple):
     apply: Callable
 
 
+class Weights(NamedTuple):
+    """How initial weights are drawn: `scale(kernel_shape) * draw(key, shape)`."""
+
+    draw: Callable[[Array, Shape], Array]
+    scale: Callable[[Shape], Array | float]
+
+
+def normal_weights(deviation: Array | float) -> Weights:
+    """Normal with mean 0 and the same standard deviation in every layer."""
+    return Weights(jax.random.normal, lambda shape: deviation)
+
+
+def glorot_weights() -> Weights:
+    """Uniform on +-sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010), for dense and convolutional kernels."""
+
+    def draw(key: Array, shape: Shape) -> Array:
+        return jax.random.uniform(key, shape, minval=-1.0)
+
+    return Weights(draw, lambda shape: math.sqrt(6 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1]))))
+
+
 class Layer(NamedTuple):
-    """A linear map, `init(key, x) -> weights` and `apply(weights, x) -> y`; `weights` is a dict of arrays."""
+    """A linear map with weights {"kernel", and "bias" if it has one, which starts at zero}."""
 
-    init: Callable
-    apply: Callable
+    kernel_shape: Callable[[Shape], Shape]  # of the input's shape, [batch, ...]
+    apply: Callable  # apply(weights, x) -> y
+    use_bias: bool
 
 
-def dense(features: int, *, use_bias: bool, weight_init: Initializer) -> Layer:
-    """`y = flatten(x) kernel + bias`; x: [batch, ...], y: [batch, features]; the bias starts at zero."""
-
-    def init(key: Array, x: Array) -> dict:
-        kernel = weight_init(key, (x[0].size, features), jnp.float32)
-        return {"kernel": kernel, **({"bias": jnp.zeros(features)} if use_bias else {})}
+def dense(features: int, *, use_bias: bool) -> Layer:
+    """`y = flatten(x) kernel + bias`; x: [batch, ...], y: [batch, features]."""
 
     def apply(weights: dict, x: Array) -> Array:
         return _add_bias(weights, x.reshape(len(x), -1) @ weights["kernel"])
 
-    return Layer(init, apply)
+    return Layer(lambda shape: (math.prod(shape[1:]), features), apply, use_bias)
 
 
-def conv3x3(features: int, *, stride: int, use_bias: bool, weight_init: Initializer) -> Layer:
-    """A 3 x 3 convolution, zero padding ("SAME"); x: [batch, height, width, channels]; the bias starts at zero."""
-
-    def init(key: Array, x: Array) -> dict:
-        kernel = weight_init(key, (3, 3, x.shape[-1], features), jnp.float32)
-        return {"kernel": kernel, **({"bias": jnp.zeros(features)} if use_bias else {})}
+def conv3x3(features: int, *, stride: int, use_bias: bool) -> Layer:
+    """A 3 x 3 convolution, zero padding ("SAME"); x: [batch, height, width, channels]."""
 
     def apply(weights: dict, x: Array) -> Array:
         y = jax.lax.conv_general_dilated(
@@ -57,7 +73,7 @@ def conv3x3(features: int, *, stride: int, use_bias: bool, weight_init: Initiali
         )
         return _add_bias(weights, y)
 
-    return Layer(init, apply)
+    return Layer(lambda shape: (3, 3, shape[-1], features), apply, use_bias)
 
 
 def _add_bias(weights: dict, y: Array) -> Array:
@@ -67,21 +83,25 @@ def _add_bias(weights: dict, y: Array) -> Array:
 
 
 def stack(
-    layers: Sequence[Layer], head: Layer, norm: jaxbn.Normalizer, activation: Callable[[Array], Array]
+    layers: Sequence[Layer],
+    head: Layer,
+    norm: jaxbn.Normalizer,
+    activation: Callable[[Array], Array],
+    weights: Weights,
 ) -> Network:
     """`layer -> norm -> activation` for each of `layers`, then `head`, which is neither normalized nor activated."""
 
     def init(key: Array, x: Array) -> dict:
-        params, batch_stats = [], []
-        for number, layer in enumerate(layers):
-            layer_key = jax.random.fold_in(key, number)
-            weights = layer.init(layer_key, x)
-            x = layer.apply(weights, x)
-            of_norm = norm.init(layer_key, x)
-            params.append({"layer": weights, "norm": of_norm["params"]})
-            batch_stats.append(of_norm["batch_stats"])
-        params.append({"layer": head.init(jax.random.fold_in(key, len(layers)), x)})
-        return {"params": params, "batch_stats": batch_stats}
+        shapes, outputs = trace_shapes([*layers, head], x)
+        kernels = cut(weights, key, shapes)
+        params = [
+            {"layer": {"kernel": kernel, **({"bias": jnp.zeros(kernel.shape[-1])} if layer.use_bias else {})}}
+            for layer, kernel in zip([*layers, head], kernels, strict=True)
+        ]
+        of_norm = [norm.init(key, output) for output in outputs[:-1]]
+        for param, normalizer in zip(params, of_norm, strict=False):
+            param["norm"] = normalizer["params"]
+        return {"params": params, "batch_stats": [normalizer["batch_stats"] for normalizer in of_norm]}
 
     def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, list]:
         *params, of_head = variables["params"]
@@ -96,34 +116,43 @@ def stack(
     return Network(init, apply)
 
 
+def trace_shapes(layers: Sequence[Layer], x: Array) -> tuple[list[Shape], list[jax.ShapeDtypeStruct]]:
+    """The kernels' shapes, and the outputs' shapes and dtypes, of layers one after the other; nothing is computed."""
+    shapes, outputs = [], [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    for layer in layers:
+        shapes.append(layer.kernel_shape(outputs[-1].shape))
+        kernel = {"kernel": jax.ShapeDtypeStruct(shapes[-1], x.dtype)}
+        outputs.append(jax.eval_shape(layer.apply, kernel, outputs[-1]))
+    return shapes, outputs[1:]
+
+
+def cut(weights: Weights, key: Array, shapes: Sequence[Shape]) -> list[Array]:
+    """Initial kernels of the given shapes from a single draw, scaled layer by layer."""
+    sizes = [math.prod(shape) for shape in shapes]
+    flat = weights.draw(key, (sum(sizes),))
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    return [
+        weights.scale(shape) * flat[start : start + size].reshape(shape)
+        for shape, start, size in zip(shapes, starts, sizes, strict=True)
+    ]
+
+
 def mlp(
     widths: Sequence[int],
     norm: jaxbn.Normalizer,
     *,
     use_bias: bool,
     activation: Callable[[Array], Array],
-    weight_init: Initializer,
+    weights: Weights,
     classes: int = 10,
 ) -> Network:
     """A multilayer perceptron with hidden layers of `widths` units; `use_bias` concerns the hidden layers."""
-    layers = [dense(width, use_bias=use_bias, weight_init=weight_init) for width in widths]
-    return stack(layers, dense(classes, use_bias=True, weight_init=weight_init), norm, activation)
+    layers = [dense(width, use_bias=use_bias) for width in widths]
+    return stack(layers, dense(classes, use_bias=True), norm, activation, weights)
 
 
-def deep_conv(
-    depth: int,
-    norm: jaxbn.Normalizer,
-    *,
-    use_bias: bool,
-    filters_per_layer: int = 4,
-    dense_width: int = 100,
-    classes: int = 10,
-) -> Network:
-    """Layer i of `depth` has `4 i` filters of 3 x 3 and stride 2 if 3 divides i; then dense layers; ReLU, Glorot."""
-    glorot = jax.nn.initializers.glorot_uniform()
-    layers = [
-        conv3x3(filters_per_layer * i, stride=1 if i % 3 else 2, use_bias=use_bias, weight_init=glorot)
-        for i in range(1, depth + 1)
-    ]
-    layers.append(dense(dense_width, use_bias=use_bias, weight_init=glorot))
-    return stack(layers, dense(classes, use_bias=True, weight_init=glorot), norm, jax.nn.relu)
+def deep_conv(depth: int, norm: jaxbn.Normalizer, *, use_bias: bool, classes: int = 10) -> Network:
+    """Layer i of `depth` has 4 i filters of 3 x 3 and stride 2 if 3 divides i; then dense 100, dense; ReLU, Glorot."""
+    layers = [conv3x3(4 * i, stride=1 if i % 3 else 2, use_bias=use_bias) for i in range(1, depth + 1)]
+    layers.append(dense(100, use_bias=use_bias))
+    return stack(layers, dense(classes, use_bias=True), norm, jax.nn.relu, glorot_weights())
