@@ -14,6 +14,11 @@ from jaxbn.moments import canonical_axes
 from jaxbn.normalizer import Normalizer
 from jaxbn.running import init_batch_stats
 
+# What is overridden while variables are initialized: outside of any named axis, and often from one example.
+_ALONE = dict.fromkeys(("axis_name", "axis_index_groups", "group_size", "pool_axis_name")) | {
+    "allow_single_value": True
+}
+
 
 class BatchNorm(nn.BatchNorm):
     """`flax.linen.BatchNorm` on jaxbn's statistics: same arguments, defaults, variables, initial values and dtypes.
@@ -25,9 +30,10 @@ class BatchNorm(nn.BatchNorm):
       nothing.
     - A feature that saw nothing, or a batch that is not finite, leaves its running statistics alone.
     - Training on one value per feature raises a ValueError; initializing with a batch of one does not.
+    - Running statistics are those of all groups of `axis_index_groups`, the same on every shard; Flax's differ.
     - Running statistics are as wide as x from the start: complex for complex x, float64 for float64 x.
 
-    While variables are initialized neither `axis_name` nor `group_size` counts: the batch is one shard and one group.
+    While variables are initialized no axis need be bound, and the batch is one shard and one group.
 
     Attributes:
       use_running_average: normalize by the running statistics, and leave them alone; here or in the call, not both.
@@ -42,10 +48,11 @@ class BatchNorm(nn.BatchNorm):
       bias_init: bias_init(key, shape, dtype); may return a boxed value, as under `nn.with_partitioning`.
       scale_init: as bias_init.
       axis_name: named axis, or tuple of them, whose shards share statistics (shard_map, pmap, vmap).
-      axis_index_groups: groups of indices on `axis_name` that share statistics.
+      axis_index_groups: groups of indices on `axis_name` that share mean and var.
       use_fast_variance: accepted, without effect.
       force_float32_reductions: accepted, without effect.
       group_size: ghost batches of this many examples; see `jaxbn.batch_norm` for this and what follows.
+      pool_axis_name: named axis, or tuple of them, whose shards have the running statistics in common and nothing else.
       unbiased: keep the unbiased variance in the running statistics, as torch does.
       debias: running averages that start at zero and are corrected when read, with a third variable "weight".
       activation: elementwise function applied last, fused into the backward pass.
@@ -54,6 +61,7 @@ class BatchNorm(nn.BatchNorm):
     """
 
     group_size: int | None = None
+    pool_axis_name: Any = None
     unbiased: bool = False
     debias: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
@@ -99,8 +107,7 @@ class BatchNorm(nn.BatchNorm):
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, shape, self.param_dtype)
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        alone = dict(axis_name=None, axis_index_groups=None, group_size=None, allow_single_value=True)
-        norm = batch_norm_of(self, dtype=dtype, **(alone if self.is_initializing() else {}))
+        norm = batch_norm_of(self, dtype=dtype, **(_ALONE if self.is_initializing() else {}))
         variables = {"params": params, "batch_stats": widened({n: v.value for n, v in stats.items()}, x.dtype)}
         batch = dict(where=as_where(mask), weights=weights, residual=residual)
         y, moved = norm.apply(variables, x, train=not use_running_average, **batch)
@@ -175,8 +182,8 @@ class Norm(nn.Module):
 
 def batch_norm_of(module: Any, **overrides: Any) -> Normalizer:
     """The Normalizer that the fields of a `BatchNorm` module, linen's or nnx's, stand for."""
-    names = ("epsilon", "axis_name", "axis_index_groups", "group_size", "unbiased", "debias", "activation")
-    names += ("skip_nonfinite", "allow_single_value")
+    names = ("epsilon", "axis_name", "axis_index_groups", "group_size", "pool_axis_name", "unbiased", "debias")
+    names += ("activation", "skip_nonfinite", "allow_single_value")
     fields = {name: getattr(module, name) for name in names}
     return batch_norm(**{"decay": module.momentum, "feature_axis": module.axis} | fields | overrides)
 

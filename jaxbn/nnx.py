@@ -27,6 +27,7 @@ class BatchNorm(nnx.BatchNorm):
       different numbers of values through. `use_fast_variance` is accepted and changes nothing.
     - A feature that saw nothing, or a batch that is not finite, leaves its running statistics alone.
     - Training on one value per feature raises a ValueError.
+    - Running statistics are those of all groups of `axis_index_groups`, the same on every shard; Flax's differ.
     - Running statistics are never rounded to `dtype` before they normalize, and take complex x.
     - With several axes kept, `num_features` is the tuple of their sizes, in the order of x's axes.
 
@@ -44,7 +45,7 @@ class BatchNorm(nnx.BatchNorm):
       bias_init: bias_init(key, shape, dtype); may carry metadata, as under `nnx.with_partitioning`.
       scale_init: as bias_init.
       axis_name: named axis, or tuple of them, whose shards share statistics (shard_map, pmap, vmap).
-      axis_index_groups: groups of indices on `axis_name` that share statistics.
+      axis_index_groups: groups of indices on `axis_name` that share mean and var.
       use_fast_variance: accepted, without effect.
       promote_dtype: promote_dtype((x, mean, var, scale, bias), dtype=dtype) -> the five in the dtype of the
         computation; what it makes of mean and var is not used.
@@ -52,6 +53,7 @@ class BatchNorm(nnx.BatchNorm):
       bias_metadata: metadata of the bias variable, such as its sharding.
       scale_metadata: as bias_metadata.
       group_size: ghost batches of this many examples; see `jaxbn.batch_norm` for this and what follows.
+      pool_axis_name: named axis, or tuple of them, whose shards have the running statistics in common and nothing else.
       unbiased: keep the unbiased variance in the running statistics, as torch does.
       debias: running averages that start at zero and are corrected when read, with a third variable "weight".
       activation: elementwise function applied last, fused into the backward pass.
@@ -82,6 +84,7 @@ class BatchNorm(nnx.BatchNorm):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         group_size: int | None = None,
+        pool_axis_name: Hashable | tuple[Hashable, ...] | None = None,
         unbiased: bool = False,
         debias: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
@@ -111,6 +114,7 @@ class BatchNorm(nnx.BatchNorm):
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
         self.group_size = group_size
+        self.pool_axis_name = pool_axis_name
         self.unbiased = unbiased
         self.debias = debias
         self.activation = activation

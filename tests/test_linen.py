@@ -44,7 +44,7 @@ def test_initialization_normalizes_by_the_batch_and_leaves_the_statistics_at_the
 
 
 def test_initialization_needs_no_bound_axis_no_whole_group_and_one_example_only():
-    module = BatchNorm(use_running_average=False, axis_name="data", group_size=4)
+    module = BatchNorm(use_running_average=False, axis_name="data", group_size=4, pool_axis_name="model")
     variables = initialized(module, batch(1))
     assert variables["params"]["scale"].shape == (FEATURES,)
 
