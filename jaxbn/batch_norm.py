@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.moments import Across, Measured, Moments, canonical_axes, inexact, pool_moments, shared_axes, size_of
+from jaxbn import pooling
+from jaxbn.moments import Across, Measured, canonical_axes, inexact, pool_moments, shared_axes, size_of
 from jaxbn.normalize import Activation, normalize, normalize_by_batch
 from jaxbn.normalizer import Normalizer
 from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
@@ -99,12 +100,13 @@ def batch_norm(
         del rng
         x = inexact(x)
         params, batch_stats = _checked(variables, x, feature_axis, train)
+        held = variables["batch_stats"]
         axes = _reduced_axes(x.ndim, feature_axis)
         out = dict(epsilon=epsilon, activation=activation, dtype=dtype)
         affine = params.get("scale"), params.get("bias")
         if not train:
             mean, var = running_moments(batch_stats, debias=debias)
-            return normalize(x, mean, var, *affine, axis=axes, residual=residual, **out), batch_stats
+            return normalize(x, mean, var, *affine, axis=axes, residual=residual, **out), held
         across, ghosts = _scope(shared, x.shape, axes, group_size)
         values = (size_of(x.shape, axes) if ghosts is None else ghosts * size_of(x.shape, axes[1:])) * across.size()
         if not allow_single_value and values == 1:
@@ -114,9 +116,9 @@ def batch_norm(
             y, measured = normalize_by_batch(x, *affine, axis=axes, across=across, **batch, **out)
         else:
             y, measured = _ghost(x, affine, axes, ghosts, batch, out)
-        moments = _pooled(jax.lax.stop_gradient(measured), shared, across, pool_axis_name, axes[0], ghosts is not None)
+        measured = _pooled(jax.lax.stop_gradient(measured), shared, across, pool_axis_name, axes[0], ghosts is not None)
         rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
-        return y, update_batch_stats(batch_stats, moments, **rule)
+        return y, pooling.move(held, measured, lambda *old_and_moments: update_batch_stats(*old_and_moments, **rule))
 
     return Normalizer(init, apply)
 
@@ -160,14 +162,14 @@ def _ghost(x, affine, axes, group_size, batch, out) -> tuple[jax.Array, Measured
     return y.reshape(x.shape), measured
 
 
-def _pooled(measured, shared, across, pool_axis_name, batch_axis, ghosts) -> Moments:
+def _pooled(measured, shared, across, pool_axis_name, batch_axis, ghosts) -> Measured:
     """Moments of all groups and shards, for the running statistics."""
     names = [*_names(pool_axis_name), *(_names(shared.axis_name) if across.axis_name is None else ())]
     apart = Across(tuple(n for n in dict.fromkeys(names) if n not in _names(across.axis_name)) or None)
     # The rows of groups of shards come first, those of ghost groups where the batch axis was.
     axis = batch_axis if ghosts else () if across.groups is None else 0
     if axis == () and apart.axis_name is None:
-        return measured.moments
+        return measured
     apart.size()
     return pool_moments(measured, axis, apart)
 
@@ -190,8 +192,8 @@ def _checked(variables, x, feature_axis, train):
         raise TypeError(f"train={train!r}; expected True or False, known at trace time: mark it static under jit.")
     if "batch_stats" not in variables:
         raise ValueError(f"variables has {sorted(variables)}; expected what init returned: 'params' and 'batch_stats'.")
-    params, batch_stats = variables.get("params", {}), variables["batch_stats"]
     shape = _feature_shape(x, feature_axis)
+    params, batch_stats = variables.get("params", {}), pooling.running_part(variables["batch_stats"], shape)
     for name, value in {**params, **batch_stats}.items():
         if jnp.shape(value) != shape:
             raise ValueError(

@@ -54,7 +54,7 @@ class Across(NamedTuple):
             size = lax.axis_size(self.axis_name)
         except NameError as error:
             raise ValueError(
-                f"axis_name={self.axis_name!r} is not bound here. Call inside shard_map, pmap or vmap over a named axis"
+                f"axis_name={self.axis_name!r} is not bound here{_bound()}. Call inside shard_map, pmap or vmap over a named axis"
                 " of that name; under plain jit with sharded inputs leave axis_name=None: statistics are global there."
             ) from error
         if self.groups is None:
@@ -89,6 +89,11 @@ class Across(NamedTuple):
     def _group(self):
         group_of = {index: number for number, group in enumerate(self.groups) for index in group}
         return jnp.asarray([group_of[index] for index in sorted(group_of)])[lax.axis_index(self.axis_name)]
+
+
+def _bound():
+    names = sorted(map(repr, jax.sharding.get_abstract_mesh().manual_axes))
+    return f" ({', '.join(names)} is)" if names else ""
 
 
 class Measured(NamedTuple):
@@ -159,9 +164,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     return Moments(count, mean, var)
 
 
-def pool_moments(m: Measured, axis: int | Sequence[int], across: Across = Across()) -> Moments:  # noqa: B008
+def pool_moments(m: Measured, axis: int | Sequence[int], across: Across = Across()) -> Measured:  # noqa: B008
     """Moments of many sets put together: those along `axis` of m, and those of all shards; measured as x itself is."""
-    return _until_kept(partial(_shifted_pool, m, axis, across)).moments
+    return _until_kept(partial(_shifted_pool, m, axis, across))
 
 
 def _shifted_pool(m, axis, across, shift):

@@ -182,8 +182,11 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
     gain = rstd if scale is None else row(scale) * rstd
     xhat = centered(x, own(measured), axes) * jnp.expand_dims(own(rstd), axes)
     mean_dx, mean_xhat_dx = tangent_means(wide(dx), xhat, weights, measured.count, axes, spec.across)
-    shift = -gain * mean_dx if dbias is None else row(dbias) - gain * mean_dx
-    slope = -gain * mean_xhat_dx if dscale is None else row(dscale) - gain * mean_xhat_dx
+    means = _varying_together(
+        (mean_dx, mean_xhat_dx), spec.across, *(v for v in (gain, dbias, dscale) if v is not None)
+    )
+    shift = -gain * means[0] if dbias is None else row(dbias) - gain * means[0]
+    slope = -gain * means[1] if dscale is None else row(dscale) - gain * means[1]
     gain, shift, slope = own((gain, *_varying_together((shift, slope), spec.across, x)))
     dy = jnp.expand_dims(gain, axes) * wide(dx) + jnp.expand_dims(shift, axes) + xhat * jnp.expand_dims(slope, axes)
     y = xhat if scale is None else xhat * jnp.expand_dims(scale, axes)
@@ -194,9 +197,9 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
     return dy.astype(spec.dtype), mean_dx, 2 * mean_xhat_dx / rstd
 
 
-def _varying_together(tree, across, x):
-    """Mark vectors that all shards share as varying in one step: their cotangents are then summed in one collective."""
-    axes = tuple(_varying_axes(x) - frozenset().union(*map(_varying_axes, tree)))
+def _varying_together(tree, across, *others):
+    """Mark vectors as varying, as others do, in one step: their cotangents are then summed in one collective."""
+    axes = tuple(_varying(others) - _varying(tree))
     if across.axis_name is None or not axes:
         return tree
     shape = jnp.broadcast_shapes(*(v.shape for v in tree))
@@ -204,7 +207,11 @@ def _varying_together(tree, across, x):
     return tuple(lax.pcast(stacked, axes, to="varying"))
 
 
-def _varying_axes(x) -> frozenset:
+def _varying(vectors):
+    return frozenset().union(*map(varying_axes, vectors))
+
+
+def varying_axes(x: jax.Array) -> frozenset:
     """Names of the mesh axes over which x differs inside shard_map; the attribute was called vma up to jax 0.10.1."""
     aval = jax.typeof(x)
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
