@@ -1,6 +1,7 @@
 """Population statistics against numpy on the whole data set, and against one batch that is the whole data set."""
 
 from functools import partial
+from itertools import pairwise
 
 import flax.linen as nn
 import jax
@@ -43,9 +44,8 @@ def one_layer_variables(features=3, norm=NORM):
 
 def chain_variables(widths=(3, 5, 4), seed=1):
     """A tanh network with a norm before each tanh; weights that mix features of different scale."""
-    pairs = list(zip(widths[:-1], widths[1:], strict=True))
     params, stats = {}, {}
-    for depth, (inputs, outputs) in enumerate(pairs):
+    for depth, (inputs, outputs) in enumerate(pairwise(widths)):
         weights = normal(inputs, outputs, seed=seed + depth) * (1 + depth)
         params[f"layer_{depth}"] = {"kernel": weights, "scale": 1 + 0.1 * normal(outputs), "bias": normal(outputs)}
         stats[f"layer_{depth}"] = {"mean": jnp.zeros(outputs), "var": jnp.ones(outputs)}
