@@ -255,10 +255,6 @@ def test_constructors_and_calls_take_every_argument_of_flax_with_its_default(she
 # Shards of equal counts, where an average of averages is right
 
 
-def mesh():
-    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-
-
 def trained(layer, x, mask, over, **arguments):
     """Output and new statistics of a linen layer on x: [devices, n, features]; with momentum 0 they are the batch's."""
     module = layer(use_running_average=False, axis_name="data", momentum=0.0, **arguments)
@@ -276,18 +272,16 @@ def by_shard_map(step):
         y, stats = step(x[0], mask[0])
         return y[None], stats
 
-    return jit(jax.shard_map(shard, mesh=mesh(), in_specs=P("data"), out_specs=(P("data"), P())))
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+    return jit(jax.shard_map(shard, mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P())))
 
 
 def by_mapping(mapped):
-    def over(step):
-        def first_shard(x, mask):
-            y, stats = mapped(step)(x, mask)
-            return y, jax.tree.map(lambda s: s[0], stats)
+    def of_first_shard(step, x, mask):
+        y, stats = mapped(step)(x, mask)
+        return y, jax.tree.map(lambda s: s[0], stats)
 
-        return first_shard
-
-    return over
+    return lambda step: partial(of_first_shard, step)
 
 
 MAPPINGS = {
@@ -299,8 +293,7 @@ MAPPINGS = {
 
 @pytest.mark.parametrize("over", MAPPINGS.values(), ids=MAPPINGS)
 def test_shards_of_equal_counts_agree_with_flax(over):
-    x = inputs(shape=(DEVICES, 4, 5))
-    mask = jnp.ones((DEVICES, 4, 1), bool)
+    x, mask = inputs(shape=(DEVICES, 4, 5)), jnp.ones((DEVICES, 4, 1), bool)
     ours, theirs = (trained(layer, x, mask, over) for layer in SHELLS["linen"])
     assert_close(ours, theirs)
 
@@ -314,16 +307,6 @@ def test_nnx_shards_of_equal_counts_agree_with_flax():
         return y, module.mean[...], module.var[...]
 
     ours, theirs = (jit(jax.vmap(partial(step, layer), axis_name="data"))(x) for layer in SHELLS["nnx"])
-    assert_close(ours, theirs)
-
-
-GROUPS = [[0, 1, 2, 3], [4, 5, 6, 7]]
-
-
-def test_outputs_of_groups_of_shards_agree_with_flax():
-    x, mask = inputs(shape=(DEVICES, 4, 5)), jnp.ones((DEVICES, 4, 1), bool)
-    over = MAPPINGS["pmap"]
-    (ours, _), (theirs, _) = (trained(layer, x, mask, over, axis_index_groups=GROUPS) for layer in SHELLS["linen"])
     assert_close(ours, theirs)
 
 
@@ -364,15 +347,15 @@ def test_flax_gives_nan_on_every_shard_when_one_is_fully_masked_and_ours_leaves_
 
 
 def test_flax_refuses_groups_of_shards_under_the_varying_axis_check_and_ours_pools_their_statistics():
-    x, mask = unequal_shards()
-    mask[:] = True
+    x, groups = unequal_shards()[0], [[0, 1, 2, 3], [4, 5, 6, 7]]
+    mask = np.ones((DEVICES, 4, 1), bool)
     with pytest.raises(NotImplementedError):  # Flax used to ask for a collective that shard_map does not have
-        trained(SHELLS["linen"][1], x, mask, by_shard_map, axis_index_groups=GROUPS)
-    y, stats = trained(SHELLS["linen"][0], x, mask, by_shard_map, axis_index_groups=GROUPS)
+        trained(SHELLS["linen"][1], x, mask, by_shard_map, axis_index_groups=groups)
+    y, stats = trained(SHELLS["linen"][0], x, mask, by_shard_map, axis_index_groups=groups)
     mean, var = kept_moments(x, mask)
     np.testing.assert_allclose(stats["mean"], mean, rtol=1e-6)
     np.testing.assert_allclose(stats["var"], var, rtol=1e-6)
-    for group in GROUPS:
+    for group in groups:
         mean, var = kept_moments(x[group], mask[group])
         np.testing.assert_allclose(y[np.array(group)], (x[group] - mean) / np.sqrt(var + 1e-5), rtol=1e-5, atol=1e-5)
 
