@@ -54,8 +54,9 @@ class Across(NamedTuple):
             size = lax.axis_size(self.axis_name)
         except NameError as error:
             raise ValueError(
-                f"axis_name={self.axis_name!r} is not bound here{_bound()}. Call inside shard_map, pmap or vmap over a named axis"
-                " of that name; under plain jit with sharded inputs leave axis_name=None: statistics are global there."
+                f"axis_name={self.axis_name!r} is not bound here{_bound()}. Call inside shard_map, pmap or vmap over a"
+                " named axis of that name; under plain jit with sharded inputs leave axis_name=None: there they are"
+                " global."
             ) from error
         if self.groups is None:
             return size
@@ -193,7 +194,10 @@ def measure_groups(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...
     shifted = partial(_shifted, x, weights, axes, across)
     if across.branch:
         return _until_kept(shifted)
-    return shifted(shifted(None)[0].mean)[0]
+    mean = shifted(None)[0].mean
+    # Where it can, a compiler fuses the division that made the mean with the addition of an offset to it, and the mean
+    # that is subtracted from x is not the one that is reported. A select stands in its way; a loop does too.
+    return shifted(jnp.where(jnp.isfinite(mean), mean, 0))[0]
 
 
 def _until_kept(shifted) -> Measured:
