@@ -15,10 +15,15 @@ def find_layers(batch_stats: Any) -> Layers:
     A path is "/" between names, such as "ResNet_0/norm", and "" for the statistics of one normalizer. The tree may be
     a dict, a FrozenDict, an `nnx.State`, or hold boxed values such as `nn.Partitioned`.
     """
-    layers: Layers = {}
-    for (path, name), leaf in _named_leaves(batch_stats)[0]:
-        layers.setdefault(path, {})[name] = leaf
-    return {path: stats for path, stats in layers.items() if {"mean", "var"} <= set(stats)}
+    return {path: stats for path, stats in leaves_by_path(batch_stats).items() if {"mean", "var"} <= set(stats)}
+
+
+def leaves_by_path(tree: Any) -> Layers:
+    """Every leaf under the path and the name of its node: {path: {name: leaf}}."""
+    nodes: Layers = {}
+    for (path, name), leaf in _named_leaves(tree)[0]:
+        nodes.setdefault(path, {})[name] = leaf
+    return nodes
 
 
 def replace_layers(batch_stats: Any, layers: Mapping[str, Mapping[str, Any]]) -> Any:
