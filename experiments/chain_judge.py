@@ -146,7 +146,7 @@ def judge_below(settings: dict, rows: list[dict]) -> list[Verdict]:
         return np.concatenate(cells).min(axis=0)
 
     claims = {
-        EXACT: "h_hat stays a unit Gaussian whatever happens below.",
+        EXACT: "h_hat stays a unit Gaussian whatever happens below, short of a weight of 0.",
         FLOAT32: f"The same in float32 with the default epsilon, {chain_rows.DEFAULT:g}.",
     }
     verdicts = []
