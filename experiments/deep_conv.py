@@ -20,6 +20,7 @@ full run.
 import functools
 from pathlib import Path
 
+import jax
 import optax
 
 import jaxbn
@@ -56,8 +57,8 @@ def task(arm: str, depth: int) -> loop.Task:
 
 
 def schedule(settings: dict) -> loop.Schedule:
-    """Run after run: on a CPU the convolutions of several networks at once (grouped ones) are slower."""
-    return loop.Schedule(settings["steps"], settings["interval"], BATCH_SIZE, mapped=True)
+    """Run after run on a CPU, whose cores one network fills; all at once on an accelerator."""
+    return loop.Schedule(settings["steps"], settings["interval"], BATCH_SIZE, mapped=jax.default_backend() == "cpu")
 
 
 def run(settings: dict, record: Record, track: loop.Track) -> None:

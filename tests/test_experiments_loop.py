@@ -1,0 +1,219 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxbn
+from experiments import checkpoint, data, loop, models
+from experiments.errors import UserError
+from experiments.record import open_record
+
+EXAMPLES, BATCH = 43, 8  # five batches an epoch, three examples over
+CONFIG = {"experiment": "e", "preset": "p", "settings": {}}
+RUNS = [{"seed": seed, "rate": rate} for rate in (0.1, 1.0) for seed in range(3)]
+
+
+def dataset():
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 10, EXAMPLES, dtype=np.int32)
+    images = generator.integers(0, 256, (EXAMPLES, 3, 3, 1), dtype=np.uint8)
+    return data.Dataset(images, labels, images[:30], labels[:30])
+
+
+def task(norm=None):
+    norm = norm or jaxbn.batch_norm()
+    network = models.mlp((6, 5), norm, use_bias=False, activation=jax.nn.relu, weights=models.normal_weights(0.5))
+    return loop.Task(
+        lambda run, key, x: network.init(key, x),
+        network.apply,
+        lambda run: optax.sgd(run["rate"], momentum=0.9),
+    )
+
+
+TASK = task()
+
+
+def train(directory, schedule, runs=RUNS, the_task=TASK, track=lambda *_: None):
+    """Rows and final variables of a grid in `directory`, begun or continued."""
+    trained = []
+
+    def conclude(runs, variables, arrays):
+        trained.append(jax.tree.map(np.asarray, variables))
+        return [{"concluded": len(runs)}]
+
+    record = open_record(directory, CONFIG)
+    loop.train_grid(record, "stage", the_task, schedule, runs, dataset(), track, conclude)
+    return record.rows(), trained
+
+
+SCHEDULE = loop.Schedule(steps=12, interval=3, batch_size=BATCH)
+
+
+def test_an_epoch_draws_every_example_at_most_once():
+    indices = loop.batch_indices(jnp.int32(7), jnp.int32(5), 5, BATCH, EXAMPLES)
+    assert indices.shape == (5, BATCH)
+    assert len(np.unique(indices)) == 5 * BATCH
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 6, 13])
+def test_batches_do_not_depend_on_how_the_steps_are_cut(steps):
+    whole = loop.batch_indices(jnp.int32(7), jnp.int32(0), 39, BATCH, EXAMPLES)
+    pieces = [
+        loop.batch_indices(jnp.int32(7), jnp.int32(start), steps, BATCH, EXAMPLES) for start in range(0, 39, steps)
+    ]
+    np.testing.assert_array_equal(np.concatenate(pieces)[:39], whole)
+
+
+def test_seeds_and_epochs_draw_differently():
+    first = loop.batch_indices(jnp.int32(0), jnp.int32(0), 10, BATCH, EXAMPLES)
+    assert not np.array_equal(first[:5], first[5:])
+    assert not np.array_equal(first, loop.batch_indices(jnp.int32(1), jnp.int32(0), 10, BATCH, EXAMPLES))
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(ValueError, match="batch of 50 cannot be drawn from 43"):
+        loop.batch_indices(jnp.int32(0), jnp.int32(0), 1, 50, EXAMPLES)
+
+
+@jax.jit
+def one_step(run, state, images, labels):
+    return loop.train_step(TASK, run, state, images, labels)
+
+
+def by_hand(run, steps):
+    """One network, trained by a plain Python loop; its loss at each step and its final state."""
+    given = dataset()
+    state = loop.init_run(TASK, given.train_images, {name: jnp.asarray(v) for name, v in run.items()})
+    indices = loop.batch_indices(jnp.int32(run["seed"]), jnp.int32(0), steps, BATCH, EXAMPLES)
+    losses = []
+    for index in np.asarray(indices):
+        state, loss = one_step(
+            run, state, data.pixels(jnp.asarray(given.train_images[index])), given.train_labels[index]
+        )
+        losses.append(loss)
+    return losses, state
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_grid_is_its_networks_trained_one_by_one(tmp_path, mapped):
+    rows, (trained,) = train(tmp_path / "run", SCHEDULE._replace(mapped=mapped))
+    curves = loop.curves(rows, "stage")
+    for number, run in enumerate(RUNS):
+        losses, state = by_hand(run, SCHEDULE.steps)
+        # Twelve float32 steps in two orders of summation, at rates that amplify: 1e-3 is far below the effect of a
+        # wrong batch, rate or seed, which is of order 1.
+        np.testing.assert_allclose(curves.loss[number], np.mean(np.reshape(losses, (4, 3)), 1), rtol=1e-3)
+        ours = jax.tree.map(lambda leaf, number=number: leaf[number], trained)
+        chex.assert_trees_all_close(ours, state["variables"], rtol=1e-2, atol=1e-3)
+
+
+def test_accuracy_counts_correct_predictions_and_ignores_padding(monkeypatch):
+    monkeypatch.setattr(loop, "EVALUATION_BATCH", 4)
+    arrays = loop.on_device(dataset())
+    assert len(arrays["test_labels"]) == 32
+
+    def always_three(variables, images, *, train):
+        return jax.nn.one_hot(jnp.full(len(images), 3), 10), None
+
+    found = loop.accuracy(always_three, {}, arrays["test_images"], arrays["test_labels"])
+    np.testing.assert_allclose(found, np.mean(dataset().test_labels == 3), rtol=1e-6)
+
+
+def test_parts_are_few_and_of_equal_size():
+    assert [len(part) for part in loop.parts_of(RUNS, 5)] == [3, 3]
+    assert [len(part) for part in loop.parts_of(RUNS, 4)] == [3, 3]
+    assert [len(part) for part in loop.parts_of(RUNS[:5], 2)] == [2, 2, 1]
+    assert [len(part) for part in loop.parts_of(RUNS, 64)] == [6]
+
+
+def test_a_grid_in_parts_is_the_grid_at_once(tmp_path):
+    whole, _ = train(tmp_path / "whole", SCHEDULE, RUNS[:5])
+    parted, trained = train(tmp_path / "parted", SCHEDULE._replace(runs_at_once=2), RUNS[:5])
+    whole, parted = loop.curves(whole, "stage"), loop.curves(parted, "stage")
+    np.testing.assert_allclose(parted.loss, whole.loss, rtol=1e-3)
+    assert [len(part["batch_stats"][0]["mean"]) for part in trained] == [2, 2, 1]
+
+
+def test_nothing_is_traced_again_after_the_first_interval(tmp_path):
+    chex.clear_trace_counter()
+    # Once in the training program and once in the evaluation, for three parts of four intervals each.
+    counted = TASK._replace(apply=chex.assert_max_traces(n=2)(TASK.apply))
+    train(tmp_path / "run", SCHEDULE._replace(runs_at_once=2), RUNS, counted)
+
+
+class KilledError(Exception):
+    pass
+
+
+def killed_at(interval):
+    calls = iter(range(1000))
+
+    def track(*_):
+        if next(calls) == interval:
+            raise KilledError
+
+    return track
+
+
+@pytest.mark.parametrize("seconds_between", [0.0, 1e9])
+@pytest.mark.parametrize("interval", [0, 1, 3, 4, 6, 9])
+def test_an_interrupted_grid_continues_bit_for_bit(tmp_path, monkeypatch, seconds_between, interval):
+    schedule = SCHEDULE._replace(runs_at_once=3)  # two parts; each calls track five times
+    _, undisturbed = train(tmp_path / "undisturbed", schedule)
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", seconds_between)
+    with pytest.raises(KilledError):
+        train(tmp_path / "run", schedule, track=killed_at(interval))
+    _, trained = train(tmp_path / "run", schedule)
+    same = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("undisturbed", "run")]
+    assert same[0] == same[1]
+    for ours, theirs in zip(reversed(trained), reversed(undisturbed), strict=False):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_finished_stage_is_not_trained_again(tmp_path):
+    rows, _ = train(tmp_path / "run", SCHEDULE)
+    again, trained = train(tmp_path / "run", SCHEDULE)
+    assert again == rows
+    assert trained == []
+
+
+def corrupt(path):
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"garbage")
+
+
+def remove(path):
+    for file in sorted(path.rglob("*"), reverse=True):
+        file.rmdir() if file.is_dir() else file.unlink()
+
+
+@pytest.mark.parametrize("damage", [corrupt, remove])
+def test_a_corrupt_checkpoint_is_one_line_and_nothing_is_overwritten(tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
+    with pytest.raises(KilledError):
+        train(tmp_path / "run", SCHEDULE, track=killed_at(2))
+    damage(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="is damaged or missing: remove") as caught:
+        train(tmp_path / "run", SCHEDULE)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
+    record = open_record(tmp_path / "run", CONFIG)
+    checkpoint.save(record, "stage", 0, 1, {"a": jnp.ones(3)})
+    with pytest.raises(UserError, match="damaged or missing"):
+        checkpoint.restore(record, {"a": jnp.ones(4)})
+
+
+def test_a_run_that_diverges_is_recorded_and_leaves_the_others_alone(tmp_path):
+    runs = [{"seed": 0, "rate": 0.1}, {"seed": 0, "rate": float("inf")}]
+    rows, _ = train(tmp_path / "run", SCHEDULE, runs)
+    loss = loop.curves(rows, "stage").loss
+    assert np.isfinite(loss[0]).all()
+    assert np.isnan(loss[1, -1])
+    assert 0 <= loop.curves(rows, "stage").accuracy[1, -1] <= 1
