@@ -1,0 +1,76 @@
+"""The laws as an absl/chex test case: one test for each law and each way to run JAX."""
+
+import unittest
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import chex
+from absl.testing import parameterized
+
+from jaxbn.testing.adapters import subject_of
+from jaxbn.testing.laws import LAWS, Law
+from jaxbn.testing.report import BROKEN, NOT_APPLICABLE
+from jaxbn.testing.runner import law_named, outcome_of
+
+
+class NormalizerTest(chex.TestCase):
+    """Every law, under each of chex's variants.
+
+    A subclass says what is tested::
+
+        class MyNormTest(laws.NormalizerTest):
+            def make(self):
+                return my_norm()
+
+    Attributes:
+      laws: laws or names to check; None is all.
+      excused: {law or name: reason} of laws that are not meant to hold.
+      options: fields of `jaxbn.testing.Subject`, such as epsilon or scope.
+      examples: inputs tried for each law with jit, on a device and under pmap.
+      examples_without_jit: inputs tried without jit, where each takes a hundred times as long.
+    """
+
+    # A base class, not a test: pytest must not collect it where a test module imports it by name.
+    __test__ = False
+
+    laws: ClassVar[Sequence[Law | str] | None] = None
+    excused: ClassVar[Mapping[Law | str, str]] = {}
+    options: ClassVar[Mapping[str, Any]] = {}
+    examples: ClassVar[int] = 15
+    examples_without_jit: ClassVar[int] = 3
+
+    def __init_subclass__(cls, **keywords: Any):
+        super().__init_subclass__(**keywords)
+        cls.__test__ = True
+        cls._subjects = {}
+
+    def make(self) -> Any:
+        """What is tested: anything that `jaxbn.testing.check` takes."""
+        raise unittest.SkipTest(f"{type(self).__name__} does not say what to test; define make(self).")
+
+    @chex.variants(with_jit=True, without_jit=True, with_device=True, with_pmap=True)
+    @parameterized.named_parameters(*((f"_{name}", law) for name, law in LAWS.items()))
+    def test(self, law: Law) -> None:
+        """Check one law under the variant that is running."""
+        if self.laws is not None and law not in [law_named(chosen) for chosen in self.laws]:
+            self.skipTest(f"{law.name} is not among the laws chosen")
+        kind = self.variant.type
+        # chex fails a test that never asks for its variant, and what this one runs may have been compiled by another.
+        self.variant(_nothing)
+        reason = {law_named(name): why for name, why in self.excused.items()}.get(law)
+        eager = kind is chex.ChexVariantType.WITHOUT_JIT
+        outcome = outcome_of(law, self._subject(kind), reason, self.examples_without_jit if eager else self.examples)
+        if outcome.status == NOT_APPLICABLE:
+            self.skipTest(f"{law.name}: {outcome.detail}")
+        if outcome.status == BROKEN:
+            self.fail(str(outcome))
+
+    def _subject(self, kind):
+        # One for each variant, kept for the whole class: what one law compiled serves the next.
+        if kind not in self._subjects:
+            self._subjects[kind] = subject_of(self.make(), compiled=self.variant, **self.options)
+        return self._subjects[kind]
+
+
+def _nothing():
+    return None

@@ -1,0 +1,282 @@
+"""Laws of counting: masks, weights, halves and shards; the same values give the same answer however they are spread."""
+
+# ruff: noqa: D103  (a law's docstring is its statement)
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jaxbn.testing import bounds, oracle
+from jaxbn.testing.laws import agree, law, require
+from jaxbn.testing.laws_running import agree_running, running_of
+from jaxbn.testing.laws_value import SLACK
+from jaxbn.testing.strategies import masks, values
+from jaxbn.testing.subject import AXIS
+
+CHAN = "Chan, Golub and LeVeque 1983, equation 2.1"
+COUNTS = "pooling by count, not averaging of averages"
+
+
+def _eight(subject, **kwargs):
+    return values((8, subject.features), **kwargs)
+
+
+def _some_rows(subject):
+    return {
+        "x": _eight(subject),
+        "kept": st.permutations(range(8)).map(lambda order: sorted(order[:4])),
+        "left_out": st.sampled_from([0.0, 100.0, -7.0]),
+    }
+
+
+def _masked(x, kept, left_out):
+    mask = np.zeros(x.shape, bool)
+    mask[kept] = True
+    return np.where(mask, x, x + np.float32(left_out)), mask
+
+
+@law(
+    statement="with a mask over examples, those that count are normalized as if the others were not there",
+    bound=f"twice {SLACK}; running statistics as in running_closed_form",
+    source=COUNTS,
+    inputs=_some_rows,
+    needs=("batch", "where", "rank 2"),
+)
+def mask_equals_subset(subject, x, kept, left_out):
+    x, mask = _masked(x, kept, left_out)
+    y, batch_stats = subject.run(x, where=mask)
+    z, expected = subject.run(x[kept])
+    agree(z, y[kept], 2 * subject.output_bound(x[kept]), "y of what counts")
+    agree_running(subject, expected, batch_stats, [x[kept]])
+
+
+@law(
+    statement="a mask may differ from feature to feature: each is normalized by what counts in it",
+    bound=SLACK,
+    source=COUNTS,
+    inputs=lambda s: {"x": _eight(s), "mask": masks((8, s.features))},
+    needs=("batch", "where", "rank 2"),
+)
+def mask_per_feature(subject, x, mask):
+    expected, bound = subject.exact(x, mask), subject.output_bound(x, mask)
+    y = subject.train(x, where=mask)
+    agree(expected[mask], y[mask], bound[mask], "y of what counts")
+
+
+@law(
+    statement="what a mask leaves out may be anything, NaN and infinity included",
+    bound=f"{SLACK}; running statistics as in running_closed_form",
+    source="padding holds what it holds",
+    inputs=lambda s: _some_rows(s) | {"left_out": st.sampled_from([np.nan, np.inf, 1e30])},
+    needs=("batch", "where", "rank 2"),
+)
+def mask_silences(subject, x, kept, left_out):
+    x, mask = _masked(x, kept, left_out)
+    y, batch_stats = subject.run(x, where=mask)
+    agree(subject.exact(x[kept]), y[kept], subject.output_bound(x[kept]), "y of what counts")
+    agree_running(subject, None, batch_stats, [x[kept]])
+
+
+@law(
+    statement="the gradient knows the mask: what does not count gets none from what does, and the rest is the subset's",
+    bound="twice 8 slack r D (1 + X^2), see gradient_matches_float64",
+    source=COUNTS,
+    inputs=lambda s: _some_rows(s) | {"dy": values((4, s.features), offsets=(0.5,), scales=(1.0,))},
+    needs=("batch", "where", "gradient", "rank 2"),
+)
+def mask_gradient(subject, x, kept, left_out, dy):
+    x, mask = _masked(x, kept, left_out)
+    whole = np.zeros(x.shape, np.float32)
+    whole[kept] = dy
+    expected = np.zeros(x.shape)
+    expected[kept] = subject.pull(x[kept], dy)[0]
+    bound = np.zeros(x.shape)
+    bound[kept] = 2 * subject.gradient_bound(x[kept], dy)
+    agree(expected, subject.pull(x, whole, where=mask)[0], bound, "dx")
+
+
+@law(
+    statement="a feature that saw nothing keeps its running statistics, and its outputs are finite",
+    bound="32 u of what was there: nothing may move",
+    source="a zero count is the neutral element of pooling",
+    inputs=lambda s: {"x": _eight(s), "feature": st.integers(0, s.features - 1)},
+    needs=("batch", "where", "running", "rank 2"),
+)
+def empty_mask_keeps_statistics(subject, x, feature):
+    mask = np.ones(x.shape, bool)
+    mask[:, feature] = False
+    before = subject.trained(x)
+    y, batch_stats = subject.run(x, where=mask, variables=before)
+    require(np.isfinite(y).all(), f"y is not finite: {y[:, feature]}")
+    old, new = running_of(subject, before["batch_stats"]), running_of(subject, batch_stats)
+    for name, a, b in zip(("mean", "var"), old, new, strict=True):
+        agree(a[feature], b[feature], 64 * bounds.FLOAT32 * (np.abs(a[feature]) + 1), f"running {name}")
+
+
+@law(
+    statement="a weight of k counts as the same value k times, and 0 as not at all",
+    bound=f"twice {SLACK}; running statistics as in running_closed_form",
+    source=COUNTS,
+    inputs=lambda s: {
+        "x": values((4, s.features)),
+        "weights": st.sampled_from([(2, 2, 2, 2), (1, 1, 2, 4), (5, 1, 1, 1), (3, 0, 4, 1)]),
+    },
+    needs=("batch", "weights", "rank 2"),
+)
+def weights_equal_repetition(subject, x, weights):
+    weights = np.array(weights)
+    repeated = np.repeat(x, weights, axis=0)
+    w = np.broadcast_to(weights[:, None], x.shape).astype(np.float32)
+    y, batch_stats = subject.run(x, weights=w)
+    z, expected = subject.run(repeated)
+    bound = 2 * subject.output_bound(repeated)
+    agree(z, np.repeat(y, weights, axis=0), bound, "y repeated")
+    agree_running(subject, expected, batch_stats, [repeated])
+
+
+@law(
+    statement="the statistics that y shows of two halves, merged by count, are those that it shows of the whole",
+    bound=f"{SLACK}, and for each half 32 of it over the range of y, from which mean and variance were read",
+    source=CHAN,
+    inputs=lambda s: {"x": _eight(s)},
+    needs=("batch", "rank 2"),
+)
+def merged_halves(subject, x):
+    halves = [_shown(subject, half) for half in (x[:4], x[4:])]
+    (mean_a, var_a, error_a), (mean_b, var_b, error_b) = halves
+    mean, apart = (mean_a + mean_b) / 2, mean_b - mean_a
+    var = (var_a + var_b) / 2 + apart**2 / 4
+    s = subject.standardized(x)
+    # With e the relative error of a half's r, its variance is off by 2 e var and its mean by at most 3 e std (of four
+    # values |y| <= 2); its std is at most sqrt(2) that of the whole. Together xhat moves by less than 8 e (1 + |xhat|).
+    error = 8 * (error_a + error_b)
+    bound = subject.output_bound(x) + np.where(error < 1 / 8, error, np.inf) * (1 + np.abs(s.xhat))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = (x - mean) / np.sqrt(var + subject.eps)
+    agree(expected, subject.train(x), bound, "y of the whole")
+
+
+def _shown(subject, x):
+    """Mean and variance by which x was normalized, and the relative error of what they are read from."""
+    y = subject.train(x)
+    high, low, columns = x.argmax(0), x.argmin(0), np.arange(x.shape[1])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        spread = y[high, columns] - y[low, columns]
+        r = spread / (x[high, columns].astype(np.float64) - x[low, columns])
+        mean = x[high, columns] - y[high, columns] / r
+        error = 4 * subject.output_bound(x).max(0) / np.abs(spread)
+        known = np.isfinite(error) & (spread != 0)
+        return mean, r**-2 - subject.eps, np.where(known, error, np.inf)
+
+
+# ---- spread over shards
+
+
+def vmapped(one):
+    """Run one shard's function over the first axis, under vmap."""
+    return jax.jit(jax.vmap(one, in_axes=(None, 0, 0), axis_name=AXIS))
+
+
+def pmapped(one):
+    """The same on two devices, under pmap."""
+    return jax.pmap(one, in_axes=(None, 0, 0), axis_name=AXIS, devices=jax.devices()[:2])
+
+
+def shard_mapped(one):
+    """The same on two devices, under shard_map with its check of what varies."""
+    mesh = jax.make_mesh((2,), (AXIS,), devices=jax.devices()[:2], axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(variables, x, where):
+        y, batch_stats = one(variables, x[0], None if where is None else where[0])
+        return y[None], jax.tree.map(_as_shard, batch_stats)
+
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=(P(AXIS), P(AXIS))))
+
+
+def _as_shard(value):
+    return jnp.asarray(value)[None]
+
+
+def _shards(subject):
+    return {"x": _eight(subject)}
+
+
+def _agree_sharded(subject, x, mapped):
+    y, batch_stats = subject.shard_run(mapped, x.reshape(2, 4, -1))
+    whole, expected = subject.run(x)
+    agree(whole, y.reshape(x.shape), 2 * subject.output_bound(x), "y over shards")
+    for shard in range(2):
+        one = jax.tree.map(lambda v, i=shard: np.asarray(v)[i], batch_stats)
+        agree_running(subject, expected, one, [x])
+
+
+@law(
+    statement="with axis_name, shards are normalized as their concatenation; every shard gets the same statistics",
+    bound=f"twice {SLACK}; running statistics as in running_closed_form",
+    source=CHAN,
+    inputs=_shards,
+    needs=("batch", "shards", "rank 2"),
+)
+def axis_name_equals_concatenation(subject, x):
+    _agree_sharded(subject, x, vmapped)
+
+
+@law(
+    statement="the same on two devices under pmap",
+    bound="as axis_name_equals_concatenation",
+    source=CHAN,
+    inputs=_shards,
+    needs=("batch", "shards", "devices", "rank 2"),
+    examples=0.4,
+)
+def pmap_equals_concatenation(subject, x):
+    _agree_sharded(subject, x, pmapped)
+
+
+@law(
+    statement="the same on two devices under shard_map, with its check of what varies",
+    bound="as axis_name_equals_concatenation",
+    source=CHAN,
+    inputs=_shards,
+    needs=("batch", "shards", "devices", "rank 2"),
+    examples=0.4,
+)
+def shard_map_equals_concatenation(subject, x):
+    _agree_sharded(subject, x, shard_mapped)
+
+
+def _uneven(subject):
+    return {
+        "x": _eight(subject),
+        "counts": st.sampled_from([(4, 1), (1, 3), (2, 0), (0, 4), (3, 4)]),
+    }
+
+
+@law(
+    statement="with axis_name and masks that leave shards different counts, even none, what counts is pooled",
+    bound=f"{SLACK}; running statistics as in running_closed_form",
+    source=COUNTS,
+    inputs=_uneven,
+    needs=("batch", "shards", "where", "rank 2"),
+)
+def axis_name_with_unequal_masks(subject, x, counts):
+    mask = (np.arange(4) < np.array(counts)[:, None]).reshape(8)
+    full = np.broadcast_to(mask[:, None], x.shape)
+    y, batch_stats = subject.shard_run(vmapped, x.reshape(2, 4, -1), full.reshape(2, 4, -1))
+    kept = x[mask]
+    agree(subject.exact(kept), y.reshape(x.shape)[mask], subject.output_bound(kept), "y of what counts")
+    agree_running(subject, None, jax.tree.map(lambda v: np.asarray(v)[0], batch_stats), [kept])
+
+
+@law(
+    statement="with axis_name, the gradient of the sum of all shards' losses is that of the concatenation",
+    bound="8 slack r D (1 + X^2), see gradient_matches_float64",
+    source=CHAN,
+    inputs=lambda s: _shards(s) | {"dy": _eight(s, offsets=(0.5,), scales=(1.0,))},
+    needs=("batch", "shards", "gradient", "rank 2"),
+)
+def axis_name_gradient(subject, x, dy):
+    expected = oracle.gradient(x, dy, subject.scope, subject.eps)
+    dx = subject.shard_pull(x.reshape(2, 4, -1), dy.reshape(2, 4, -1)).reshape(x.shape)
+    agree(expected, dx, subject.gradient_bound(x, dy), "dx over shards")
