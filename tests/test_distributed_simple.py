@@ -64,7 +64,6 @@ SPREADS = {
     "vmap": lambda f: stacked(jax.vmap(f, axis_name="data", in_axes=(None, 0, 0))),
 }
 MASKS = {"all count": np.ones_like(UNEQUAL), "unequal, one shard empty": UNEQUAL}
-OFFSETS = {"easy": 0.0, "mean 1e5 std": 1e5}
 
 
 def variables_of(norm):
@@ -91,11 +90,10 @@ def measure(norm, spread, x, where):
     return actual, one(stats)
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "offset"), [("all count", 0.0), ("unequal, one shard empty", 1e5)])
 @pytest.mark.parametrize("spread", SPREADS)
 def test_shards_equal_the_whole_batch(spread, mask, offset):
-    x, where = (X + OFFSETS[offset]).astype(np.float32), MASKS[mask]
+    x, where = (X + offset).astype(np.float32), MASKS[mask]
     actual, stats = measure(batch_norm(axis_name="data", decay=DECAY), spread, x, where)
     actual |= {"y": flat(actual["y"]), "dx": flat(actual["dx"])}
     exact, sizes = reference(flat(x), flat(DY), SCALE, BIAS, axis=0, where=flat(where))
@@ -143,7 +141,7 @@ def test_every_rule_of_the_running_statistics_works_across_shards(options):
     across, whole = batch_norm(axis_name="data", **options), batch_norm(**options)
     variables = variables_of(across)
     _, stats = shard_map(lambda v, x, w: across.apply(v, x, train=True, where=w))(variables, X, UNEQUAL)
-    _, expected = whole.apply(variables, flat(X), train=True, where=flat(UNEQUAL))
+    _, expected = jax.jit(lambda v, x: whole.apply(v, x, train=True, where=flat(UNEQUAL)))(variables, flat(X))
     for name in expected:
         # Both within the promised bound of the exact values.
         np.testing.assert_allclose(stats[name], expected[name], rtol=2 * BOUND, atol=2 * BOUND)
@@ -224,7 +222,7 @@ def test_ghost_groups_are_local_and_their_running_statistics_global():
     assert_exact({"y": y[0, :2]}, first, sizes, axis=0)
 
 
-@pytest.mark.parametrize("mode", ["forward over reverse", "reverse over reverse"])
+@pytest.mark.parametrize("mode", ["reverse over reverse", pytest.param("forward over reverse", marks=pytest.mark.slow)])
 def test_second_derivatives_across_shards_equal_the_whole_batch(mode):
     with jax.enable_x64(True):
         x, dy = X[:, :1, :1].astype(np.float64), DY[:, :1, :1].astype(np.float64)
