@@ -99,10 +99,8 @@ def test_statistics_stay_where_they_are_for_a_batch_that_is_not_finite():
 # BatchNorm: what it hands on to the functions
 
 FURTHER = {
-    "activation": dict(activation=jax.nn.relu),
-    "unbiased": dict(unbiased=True),
-    "debias": dict(debias=True),
-    "group_size": dict(group_size=4),
+    "activation, unbiased": dict(activation=jax.nn.relu, unbiased=True),
+    "debias, group_size": dict(debias=True, group_size=4),
     "plain average": dict(decay=None),
 }
 

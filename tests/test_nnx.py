@@ -162,10 +162,8 @@ def test_wrong_feature_count_raises():
 # What is handed on to the functions
 
 FURTHER = {
-    "activation": dict(activation=jax.nn.relu),
-    "unbiased": dict(unbiased=True),
-    "debias": dict(debias=True),
-    "group_size": dict(group_size=4),
+    "activation, unbiased": dict(activation=jax.nn.relu, unbiased=True),
+    "debias, group_size": dict(debias=True, group_size=4),
     "plain average": dict(decay=None),
 }
 
