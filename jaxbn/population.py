@@ -172,7 +172,7 @@ def _with_statistics(batch_stats, pooled: dict[str, Moments], unbiased):
         if unbiased:
             var = var * np.where(count > 1, count / np.where(count > 1, count - 1, 1), 1)
         new = {"mean": mean, "var": var, "weight": np.ones_like(var)}
-        names = new.keys() & layers[path].keys()
+        names = [name for name in new if name in layers[path]]
         moved[path] = {name: _in_place_of(layers[path][name], new[name], count > 0) for name in names}
     return replace_layers(batch_stats, moved)
 
@@ -180,7 +180,10 @@ def _with_statistics(batch_stats, pooled: dict[str, Moments], unbiased):
 def _in_place_of(old, new, seen):
     """New where seen, in the dtype of the old and on its devices."""
     value = np.where(seen, new, np.asarray(old)).astype(old.dtype)
-    return jax.device_put(value, old.sharding) if getattr(old, "committed", False) else jnp.asarray(value)
+    if not getattr(old, "committed", False):
+        return jnp.asarray(value)
+    # device_put would have all processes compare the value first.
+    return jax.make_array_from_callback(value.shape, old.sharding, lambda index: value[index])
 
 
 def _settled(old: Layers, new: Layers, tolerance) -> bool:

@@ -57,9 +57,10 @@ def recordable(
     Args:
       norm: its batch_stats hold "mean" and "var" of the features' shape.
       feature_axis: the axis or axes of x that norm keeps.
-      axis_name: named axis, or tuple of them, over whose shards moments are pooled, groups of shards included.
+      axis_name: named axis, or tuple of them, over whose shards moments are pooled: all that see the same data set,
+        whatever groups of them norm normalizes by.
     """
-    across = shared_axes(axis_name, None)
+    across = shared_axes(axis_name or None, None)
     features = len(feature_axis) if isinstance(feature_axis, Sequence) else 1
 
     def apply(variables, x, *, train, where=None, weights=None, **arguments):
