@@ -27,8 +27,9 @@ def frozen(norm: Normalizer, *, freeze_params: bool = False) -> Normalizer:
       A Normalizer whose apply returns batch_stats as they came.
     """
 
-    def apply(variables, x, *, train, **arguments):
+    def apply(variables, x, *, train, where=None, weights=None, rng=None, **arguments):
         del train
+        arguments |= dict(where=where, weights=weights, rng=rng)
         params, batch_stats = variables.get("params", {}), variables["batch_stats"]
         params = lax.stop_gradient(params) if freeze_params else params
         y, _ = norm.apply({"params": params, "batch_stats": batch_stats}, x, train=False, **arguments)

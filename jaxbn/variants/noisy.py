@@ -49,11 +49,11 @@ def noisy(
             f"{scale_spread}; expected numbers of at least 0."
         )
 
-    def apply(variables, x, *, train, rng=None, **arguments):
+    def apply(variables, x, *, train, where=None, weights=None, rng=None, **arguments):
         if train and rng is None:
             raise ValueError("noisy needs a random key in training; pass rng=jax.random.key(...), new at each step.")
         inner_rng, noise_rng = (None, None) if rng is None else jax.random.split(rng)
-        y, batch_stats = norm.apply(variables, x, train=train, rng=inner_rng, **arguments)
+        y, batch_stats = norm.apply(variables, x, train=train, where=where, weights=weights, rng=inner_rng, **arguments)
         disturbed = _disturb(wide(y), noise_rng) if train else y
         disturbed = disturbed if activation is None else activation(disturbed)
         return disturbed.astype(y.dtype), batch_stats

@@ -120,7 +120,9 @@ def virtual_batch_norm(
         c = centered(x, reference, axes)
         own = _own_moments(c, weights, references)
         count = jnp.broadcast_to(reference.count, reference.mean.shape)
-        both = merge_moments(Moments(count, jnp.zeros_like(reference.mean), reference.var), own)
+        # [1, features] beside [batch, features].
+        kept = (v[None] for v in (count, jnp.zeros_like(reference.mean), reference.var))
+        both = merge_moments(Moments(*kept), own)
         positions = axes[1:]
         mean, gain = (jnp.expand_dims(v, positions) for v in (both.mean, lax.rsqrt(both.var + epsilon)))
         return (c - mean) * gain

@@ -117,7 +117,7 @@ def whitening_norm(
         measured = measure(x, weights, axes, across)
         c = centered(x, measured, axes)
         covariance = _covariance(c, weights, measured.count)
-        whitening = inverse_root(covariance + epsilon * jnp.eye(covariance.shape[-1], dtype=covariance.dtype))
+        whitening = inverse_root(covariance + epsilon * jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None])
         new = lax.stop_gradient({"mean": measured.mean, "whitening": whitening})
         accept = jnp.any(measured.count > 0)
         if skip_nonfinite:
