@@ -24,9 +24,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from jaxbn.batch_norm import batch_norm
+from jaxbn.layers import nested_names
 from jaxbn.moments import wide
 from jaxbn.running import running_moments
 
@@ -109,7 +109,7 @@ def layers_from_torch(state: Mapping[str, Any], paths: Mapping[str, str]) -> dic
     for prefix, path in paths.items():
         for collection, values in from_torch(state, prefix).items():
             flat |= {f"{collection}/{path}/{name}": value for name, value in values.items()}
-    return {"params": {}, "batch_stats": {}} | unflatten_dict(flat, sep="/")
+    return {"params": {}, "batch_stats": {}} | nested_names(flat)
 
 
 def layers_to_torch(variables: Mapping[str, Any], paths: Mapping[str, str], *, debias: bool = False) -> Tensors:

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from jaxbn.layers import find_layers
+from jaxbn.layers import find_layers, flat_names, nested_names
 from jaxbn.moments import Moments, canonical_axes, wide
 from jaxbn.running import running_moments
 
@@ -157,7 +156,7 @@ def fold_variables(
     Raises:
       ValueError: a path that is not there, with those that are; and as `fold_preceding` and `fold_following`.
     """
-    flat = {name: flatten_dict(dict(tree), sep="/") for name, tree in variables.items()}
+    flat = {name: flat_names(tree) for name, tree in variables.items()}
     flat.setdefault("batch_stats", {})
     for path, layer in pairs.items():
         layer = Preceding(layer) if isinstance(layer, str) else layer
@@ -165,7 +164,7 @@ def fold_variables(
         if "mean" not in norm["batch_stats"]:
             raise ValueError(f"no batch norm at {path!r}; there are {sorted(find_layers(variables['batch_stats']))}.")
         _fold_one(flat["params"], layer, norm, epsilon, debias)
-    return {name: unflatten_dict(tree, sep="/") for name, tree in flat.items()}
+    return {name: nested_names(tree) for name, tree in flat.items()}
 
 
 def unfold(mean: jax.Array, var: jax.Array, *, epsilon: float) -> dict[str, dict[str, jax.Array]]:
@@ -209,12 +208,12 @@ def unfold_variables(
     sources = {path: (s["mean"], s["var"]) for path, s in layers.items()}
     if moments is not None:
         sources = {path: (m.mean, m.var) for path, m in moments.items()}
-    flat = {name: flatten_dict(dict(tree), sep="/") for name, tree in variables.items()}
+    flat = {name: flat_names(tree) for name, tree in variables.items()}
     for path in sources if paths is None else paths:
         if path not in layers or path not in sources:
             raise ValueError(f"no batch norm at {path!r}; there are {sorted(layers.keys() & sources.keys())}.")
         _unfold_one(flat, path, *sources[path], epsilon)
-    return {name: unflatten_dict(tree, sep="/") for name, tree in flat.items()}
+    return {name: nested_names(tree) for name, tree in flat.items()}
 
 
 def _affine(norm, epsilon, debias):

@@ -32,6 +32,26 @@ def replace_layers(batch_stats: Any, layers: Mapping[str, Mapping[str, Any]]) ->
     return jax.tree.unflatten(treedef, [layers.get(path, {}).get(name, leaf) for (path, name), leaf in leaves])
 
 
+def flat_names(tree: Mapping[str, Any], start: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict by names joined with "/"; boxed values stay as they are."""
+    flat = {}
+    for name, value in tree.items():
+        flat |= flat_names(value, f"{start}{name}/") if isinstance(value, Mapping) else {f"{start}{name}": value}
+    return flat
+
+
+def nested_names(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flat_names`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *nodes, name = path.split("/")
+        node = tree
+        for key in nodes:
+            node = node.setdefault(key, {})
+        node[name] = value
+    return tree
+
+
 def _named_leaves(tree):
     leaves, treedef = tree_flatten_with_path(tree)
     return [(_split(path), leaf) for path, leaf in leaves], treedef
