@@ -91,7 +91,7 @@ MODES = {
 @pytest.mark.parametrize(
     ("case", "mode"),
     [
-        *(("plain", mode) for mode in ("reverse", "forward over reverse", "third, mixed")),
+        *(("plain", mode) for mode in ("reverse", "forward over reverse")),
         *(("weights, activation, residual, statistics", mode) for mode in MODES if mode != "third, forward"),
         pytest.param("weights, activation, residual, statistics", "third, forward", marks=pytest.mark.slow),
     ],
@@ -103,17 +103,18 @@ def test_derivative_equals_autodiff_of_the_textbook(case, mode):
 
 
 @pytest.mark.usefixtures("x64")
-def test_derivatives_equal_finite_differences():
+def test_gradient_equals_finite_differences():
     flat, mine, _ = both("everything")
     direction, h = RNG.normal(size=flat.shape), 1e-5
-    for f, derivative in ((mine, jax.grad(mine)), (jax.grad(mine), jax.hessian(mine))):
-        high, low = (jax.jit(f)(flat + step * direction) for step in (h, -h))
-        # Central differences are good to h^2 times the third derivative, 1e-8 here, and to 1e-16 / h of rounding.
-        np.testing.assert_allclose((high - low) / (2 * h), jax.jit(derivative)(flat) @ direction, atol=1e-6)
+    f, gradient = jax.jit(mine), jax.jit(jax.grad(mine))(flat)
+    # Central differences are good to h^2 times the third derivative, 1e-8 here, and to 1e-16 / h of rounding.
+    difference = (f(flat + h * direction) - f(flat - h * direction)) / (2 * h)
+    np.testing.assert_allclose(difference, gradient @ direction, atol=1e-6)
 
 
 @pytest.mark.usefixtures("x64")
-def test_complex_derivatives_equal_autodiff_of_the_textbook():
+@pytest.mark.parametrize("derivative", [jax.grad, pytest.param(jax.hessian, marks=pytest.mark.slow)])
+def test_complex_derivatives_equal_autodiff_of_the_textbook(derivative):
     z = X + 1j * DY
     parts = np.stack([z.real, z.imag])
 
@@ -126,8 +127,7 @@ def test_complex_derivatives_equal_autodiff_of_the_textbook():
         y = textbook(arguments(jax.lax.complex(parts[0], parts[1])))
         return jnp.sum(jnp.sin(y.real) * DY + jnp.cos(y.imag))
 
-    for derivative in (jax.grad, jax.hessian):
-        np.testing.assert_allclose(*(jax.jit(derivative(f))(parts) for f in (mine, theirs)), **FLOAT64)
+    np.testing.assert_allclose(*(jax.jit(derivative(f))(parts) for f in (mine, theirs)), **FLOAT64)
 
 
 @pytest.mark.usefixtures("x64")
