@@ -110,13 +110,14 @@ def batch_norm(
         across, ghosts = _scope(shared, x.shape, axes, group_size)
         values = (size_of(x.shape, axes) if ghosts is None else ghosts * size_of(x.shape, axes[1:])) * across.size()
         if not allow_single_value and values == 1:
-            raise ValueError(_single_value(x, axes, group_size))
+            raise ValueError(_single_value(x, axes, group_size, feature_axis))
         batch = dict(where=where, weights=weights, residual=residual)
         if ghosts is None:
             y, measured = normalize_by_batch(x, *affine, axis=axes, across=across, **batch, **out)
         else:
             y, measured = _ghost(x, affine, axes, ghosts, batch, out)
-        measured = _pooled(jax.lax.stop_gradient(measured), shared, across, pool_axis_name, axes[0], ghosts is not None)
+        batch_axis = None if ghosts is None else axes[0]
+        measured = _pooled(jax.lax.stop_gradient(measured), shared, across, pool_axis_name, batch_axis)
         rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
         return y, pooling.move(held, measured, lambda *old_and_moments: update_batch_stats(*old_and_moments, **rule))
 
@@ -127,6 +128,8 @@ def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
     """The shards that share mean and var, and how many examples of a shard do, or None for all of them."""
     if group_size is None:
         return shared, None
+    if not axes:
+        raise ValueError(f"group_size={group_size} splits the examples of x, which has shape {shape} and none.")
     batch, shards = shape[axes[0]], shared.size()
     if batch and group_size % batch == 0 and shards % (group_size // batch) == 0:
         run = group_size // batch
@@ -162,12 +165,12 @@ def _ghost(x, affine, axes, group_size, batch, out) -> tuple[jax.Array, Measured
     return y.reshape(x.shape), measured
 
 
-def _pooled(measured, shared, across, pool_axis_name, batch_axis, ghosts) -> Measured:
-    """Moments of all groups and shards, for the running statistics."""
+def _pooled(measured, shared, across, pool_axis_name, batch_axis) -> Measured:
+    """Moments of all groups and shards, for the running statistics; batch_axis is that of ghost groups, or None."""
     names = [*_names(pool_axis_name), *(_names(shared.axis_name) if across.axis_name is None else ())]
     apart = Across(tuple(n for n in dict.fromkeys(names) if n not in _names(across.axis_name)) or None)
     # The rows of groups of shards come first, those of ghost groups where the batch axis was.
-    axis = batch_axis if ghosts else () if across.groups is None else 0
+    axis = batch_axis if batch_axis is not None else () if across.groups is None else 0
     if axis == () and apart.axis_name is None:
         return measured
     apart.size()
@@ -200,10 +203,6 @@ def _checked(variables, x, feature_axis, train):
                 f"{name} has shape {jnp.shape(value)} but x of shape {x.shape} has features of shape {shape} along"
                 f" feature_axis={feature_axis}; pass x of the shape that init saw, or init for this one."
             )
-    if train and len(shape) == x.ndim:
-        raise ValueError(
-            f"x of shape {x.shape} has no axis left to average over: feature_axis={feature_axis} keeps all."
-        )
     return params, batch_stats
 
 
@@ -220,10 +219,10 @@ def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups
         raise ValueError("group_size and axis_index_groups both choose who shares statistics; pass one of them.")
 
 
-def _single_value(x, axes, group_size):
-    scope = f"axes {axes}" if group_size is None else f"groups of {group_size}"
+def _single_value(x, axes, group_size, feature_axis):
+    scope = f"in groups of {group_size}" if group_size else f"over axes {axes}, which feature_axis={feature_axis} leaves"
     return (
-        f"x of shape {x.shape} has one value per feature over {scope}: its variance is 0 and y the bias whatever x is."
+        f"x of shape {x.shape} has one value per feature {scope}: its variance is 0 and y the bias whatever x is."
         " Train on more examples, share statistics across devices with axis_name, use train=False, or pass"
         " allow_single_value=True if that is what you want."
     )

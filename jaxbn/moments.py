@@ -175,12 +175,12 @@ def _shifted_pool(m, axis, across, shift):
     std = jnp.sqrt(m.var)
     if shift is not None:
         peak = across.total(jnp.max(jnp.where(m.count == 0, 0, jnp.maximum(jnp.abs(c), std)), axis))
-        exponent = _exponent(peak)
-        c, std = (_times_power(v, jnp.expand_dims(-exponent, axis)) for v in (c, std))
+        unit = _unit(peak)
+        c, std = (v / jnp.expand_dims(unit, axis) for v in (c, std))
     count = jnp.broadcast_to(m.count, std.shape)
     sums = count, count * c, count * (_squared(std) + _squared(c))
     sums = across.total(jax.tree.map(lambda v: jnp.sum(v, axis), sums))
-    return _from_sums(*sums, shift, None if shift is None else exponent)
+    return _from_sums(*sums, shift, None if shift is None else unit)
 
 
 def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across) -> Measured:
@@ -191,13 +191,19 @@ def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], acro
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def measure_groups(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across) -> Measured:
     """`measure` for every group of shards: as `across.total` gives it."""
-    shifted = partial(_shifted, x, weights, axes, across)
     if across.branch:
-        return _until_kept(shifted)
+        return _measure_until_kept(x, weights, axes, across)
+    shifted = partial(_shifted, x, weights, axes, across)
     mean = shifted(None)[0].mean
     # Where it can, a compiler fuses the division that made the mean with the addition of an offset to it, and the mean
     # that is subtracted from x is not the one that is reported. A select stands in its way; a loop does too.
     return shifted(jnp.where(jnp.isfinite(mean), mean, 0))[0]
+
+
+# Compiled once a shape: called op by op, a loop whose body is a new closure would be compiled at every call.
+@partial(jax.jit, static_argnums=(2, 3))
+def _measure_until_kept(x, weights, axes, across) -> Measured:
+    return _until_kept(partial(_shifted, x, weights, axes, across))
 
 
 def _until_kept(shifted) -> Measured:
@@ -214,18 +220,18 @@ def _shifted(x, weights, axes, across, shift) -> tuple[Measured, jax.Array]:
     """Moments from the sums of c and |c|**2 for c = x - shift, and whether they lost too much to be kept."""
     c = wide(x) if shift is None else wide(x) - jnp.expand_dims(across.own(shift), axes)
     # Squares near the shift cannot overflow; from a far shift they can, and are summed again in units of their peak.
-    exponent = None if shift is None else _peak_exponent(c, weights, axes, across)
-    if exponent is not None:
-        c = _times_power(c, jnp.expand_dims(-across.own(exponent), axes))
-    return _from_sums(*_sums(c, weights, axes, across), shift, exponent)
+    unit = None if shift is None else _peak_unit(c, weights, axes, across)
+    if unit is not None:
+        c = c / jnp.expand_dims(across.own(unit), axes)
+    return _from_sums(*_sums(c, weights, axes, across), shift, unit)
 
 
-def _from_sums(count, first, second, shift, exponent) -> tuple[Measured, jax.Array]:
+def _from_sums(count, first, second, shift, unit) -> tuple[Measured, jax.Array]:
     offset, square = _ratio(first, count), _ratio(second, count)
     lost = square > (1 + _MAX_RATIO**2) * (square - _squared(offset))
     var = jnp.maximum(square - _squared(offset), 0)
-    if exponent is not None:
-        offset, var = _times_power(offset, exponent), _times_power(_times_power(var, exponent), exponent)
+    if unit is not None:
+        offset, var = offset * unit, var * unit * unit
     shift = jnp.zeros_like(offset) if shift is None else shift
     mean = shift + offset
     # No float lies nearer to the mean than such a shift does.
@@ -253,19 +259,17 @@ def weighted_sum(values: jax.Array, weights: jax.Array | None, axes: tuple[int, 
     return jnp.sum(jnp.where(weights == 0, 0, weights * values), axes)
 
 
-def _peak_exponent(c, weights, axes, across):
-    """Power of two above every |c| of a feature; the shards' peaks are summed, which bounds their maximum."""
+def _peak_unit(c, weights, axes, across):
+    """Power of two near the largest |c| of each feature; the shards' peaks are summed, which bounds their maximum."""
     size = jnp.abs(c) if weights is None else jnp.where(weights == 0, 0, jnp.abs(c))
-    return _exponent(across.total(jnp.max(size, axes, initial=0)))
+    return _unit(across.total(jnp.max(size, axes, initial=0)))
 
 
-def _exponent(peak):
-    # Beyond 126 the reciprocal is a denormal, which accelerators flush to zero.
-    return jnp.clip(jnp.frexp(peak)[1], -126, 126)
-
-
-def _times_power(x, exponent):
-    return x * jnp.ldexp(jnp.ones((), x.real.dtype), exponent)
+def _unit(peak):
+    """Peak rounded to a power of two whose reciprocal is a normal number too."""
+    limits = jnp.finfo(peak.dtype)
+    peak = jnp.clip(peak, limits.smallest_normal, 1 / limits.smallest_normal)
+    return lax.reduce_precision(peak, limits.nexp, 0)
 
 
 @measure_groups.defjvp
