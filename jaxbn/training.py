@@ -69,9 +69,7 @@ def jit_step(
     The loss sees the whole batch (or microbatch): statistics are global, or those of ghost groups, without axis_name.
     Arguments, result and errors are those of `shard_map_step`.
     """
-    # With explicit axes every reshape of the loss would have to name its sharding.
-    mesh = Mesh(mesh.devices, mesh.axis_names)
-    shards = _shards(mesh, axis)
+    mesh, shards = _automatic(mesh), _shards(mesh, axis)
     one = partial(advance, loss, optimizer, Spread(None, False), microbatches, pool)
     whole, parts = NamedSharding(mesh, P()), NamedSharding(mesh, _spec(axis, scan))
     step = jax.jit(
@@ -177,19 +175,19 @@ def spread(batch: Any, mesh: Mesh, axis: Axis = "data", *, scan: bool = False) -
     With one process that is the whole batch; with several each passes its own, of equal numbers, in the order of their
     devices on the mesh. With scan the leaves are [steps, examples, ...].
     """
-    sharding = NamedSharding(mesh, _spec(axis, scan))
+    sharding = NamedSharding(_automatic(mesh), _spec(axis, scan))
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), batch)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Each leaf on every device of the mesh; with several processes all pass the same values."""
-    sharding = NamedSharding(mesh, P())
+    sharding = NamedSharding(_automatic(mesh), P())
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.array(leaf)), tree)
 
 
-def stack(tree: Any, devices: list) -> Any:
-    """Each leaf once per device, along a new first axis, as pmap wants it."""
-    sharding = NamedSharding(Mesh(np.asarray(devices), ("devices",)), P("devices"))
+def stack(tree: Any, devices: list, axis: Hashable = "data") -> Any:
+    """Each leaf once per device, along a new first axis, as pmap over `axis` wants it."""
+    sharding = NamedSharding(Mesh(np.asarray(devices), (axis,)), P(axis))
     return jax.tree.map(lambda leaf: jax.device_put(jnp.stack([leaf] * len(devices)), sharding), tree)
 
 
@@ -202,6 +200,11 @@ def _scanned(one, scan):
     if not scan:
         return one
     return lambda state, batches, rng: lax.scan(lambda state, batch: one(state, batch, rng), state, batches)
+
+
+def _automatic(mesh):
+    """The mesh with automatic axes: with explicit ones many an operation of a loss would have to name its sharding."""
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def _spec(axis, scan):
