@@ -1,6 +1,7 @@
 """Batch normalization, assembled: measure, normalize, update."""
 
 import math
+import numbers
 from collections.abc import Callable, Hashable, Sequence
 
 import jax
@@ -82,6 +83,8 @@ def batch_norm(
     _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups)
     shared = shared_axes(axis_name, axis_index_groups)
 
+    learned = ["scale"] * use_scale + ["bias"] * use_bias
+
     def init(key, x):
         shape = _feature_shape(x, feature_axis)
         scale_key, bias_key = jax.random.split(key)
@@ -99,7 +102,7 @@ def batch_norm(
     def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
         del rng
         x = inexact(x)
-        params, batch_stats = _checked(variables, x, feature_axis, train)
+        params, batch_stats = _checked(variables, x, feature_axis, train, learned)
         held = variables["batch_stats"]
         axes = _reduced_axes(x.ndim, feature_axis)
         out = dict(epsilon=epsilon, activation=activation, dtype=dtype)
@@ -190,13 +193,17 @@ def _feature_shape(x, feature_axis):
     return tuple(x.shape[axis] for axis in canonical_axes(feature_axis, len(x.shape), "feature_axis"))
 
 
-def _checked(variables, x, feature_axis, train):
+def _checked(variables, x, feature_axis, train, learned):
     if not isinstance(train, bool | np.bool_):
         raise TypeError(f"train={train!r}; expected True or False, known at trace time: mark it static under jit.")
     if "batch_stats" not in variables:
         raise ValueError(f"variables has {sorted(variables)}; expected what init returned: 'params' and 'batch_stats'.")
     shape = _feature_shape(x, feature_axis)
     params, batch_stats = variables.get("params", {}), pooling.running_part(variables["batch_stats"], shape)
+    if set(params) != set(learned):
+        raise ValueError(
+            f"params has {sorted(params)}; expected {learned}: what init made with these use_scale, use_bias."
+        )
     for name, value in {**params, **batch_stats}.items():
         if jnp.shape(value) != shape:
             raise ValueError(
@@ -207,7 +214,7 @@ def _checked(variables, x, feature_axis, train):
 
 
 def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups):
-    if isinstance(decay, int | float) and not 0 <= decay <= 1:
+    if isinstance(decay, numbers.Real) and not 0 <= decay <= 1:
         raise ValueError(f"decay={decay}; expected 0 to 1, the share of the old statistics (1 - torch's momentum).")
     if not (epsilon >= 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon={epsilon}; expected a finite number of at least 0, such as 1e-5.")
@@ -220,7 +227,9 @@ def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups
 
 
 def _single_value(x, axes, group_size, feature_axis):
-    scope = f"in groups of {group_size}" if group_size else f"over axes {axes}, which feature_axis={feature_axis} leaves"
+    scope = (
+        f"in groups of {group_size}" if group_size else f"over axes {axes}, which feature_axis={feature_axis} leaves"
+    )
     return (
         f"x of shape {x.shape} has one value per feature {scope}: its variance is 0 and y the bias whatever x is."
         " Train on more examples, share statistics across devices with axis_name, use train=False, or pass"
