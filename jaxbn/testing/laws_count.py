@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.testing import bounds, oracle
+from jaxbn.testing import bounds
 from jaxbn.testing.laws import agree, law, require
 from jaxbn.testing.laws_running import agree_running, running_of
 from jaxbn.testing.laws_value import SLACK
@@ -66,7 +66,7 @@ def mask_per_feature(subject, x, mask):
 
 @law(
     statement="what a mask leaves out may be anything, NaN and infinity included",
-    bound=f"{SLACK}; running statistics as in running_closed_form",
+    bound=f"twice {SLACK}; running statistics as in running_closed_form",
     source="padding holds what it holds",
     inputs=lambda s: _some_rows(s) | {"left_out": st.sampled_from([np.nan, np.inf, 1e30])},
     needs=("batch", "where", "rank 2"),
@@ -74,8 +74,9 @@ def mask_per_feature(subject, x, mask):
 def mask_silences(subject, x, kept, left_out):
     x, mask = _masked(x, kept, left_out)
     y, batch_stats = subject.run(x, where=mask)
-    agree(subject.exact(x[kept]), y[kept], subject.output_bound(x[kept]), "y of what counts")
-    agree_running(subject, None, batch_stats, [x[kept]])
+    z, expected = subject.run(x[kept])
+    agree(z, y[kept], 2 * subject.output_bound(x[kept]), "y of what counts")
+    agree_running(subject, expected, batch_stats, [x[kept]])
 
 
 @law(
@@ -255,7 +256,7 @@ def _uneven(subject):
 
 @law(
     statement="with axis_name and masks that leave shards different counts, even none, what counts is pooled",
-    bound=f"{SLACK}; running statistics as in running_closed_form",
+    bound=f"twice {SLACK}; running statistics as in running_closed_form",
     source=COUNTS,
     inputs=_uneven,
     needs=("batch", "shards", "where", "rank 2"),
@@ -264,19 +265,20 @@ def axis_name_with_unequal_masks(subject, x, counts):
     mask = (np.arange(4) < np.array(counts)[:, None]).reshape(8)
     full = np.broadcast_to(mask[:, None], x.shape)
     y, batch_stats = subject.shard_run(vmapped, x.reshape(2, 4, -1), full.reshape(2, 4, -1))
+    whole, expected = subject.run(x, where=full)
     kept = x[mask]
-    agree(subject.exact(kept), y.reshape(x.shape)[mask], subject.output_bound(kept), "y of what counts")
-    agree_running(subject, None, jax.tree.map(lambda v: np.asarray(v)[0], batch_stats), [kept])
+    agree(whole[mask], y.reshape(x.shape)[mask], 2 * subject.output_bound(kept), "y of what counts")
+    agree_running(subject, expected, jax.tree.map(lambda v: np.asarray(v)[0], batch_stats), [kept])
 
 
 @law(
     statement="with axis_name, the gradient of the sum of all shards' losses is that of the concatenation",
-    bound="8 slack r D (1 + X^2), see gradient_matches_float64",
+    bound="twice 8 slack r D (1 + X^2), see gradient_matches_float64",
     source=CHAN,
     inputs=lambda s: _shards(s) | {"dy": _eight(s, offsets=(0.5,), scales=(1.0,))},
     needs=("batch", "shards", "gradient", "rank 2"),
 )
 def axis_name_gradient(subject, x, dy):
-    expected = oracle.gradient(x, dy, subject.scope, subject.eps)
+    expected = subject.pull(x, dy)[0]
     dx = subject.shard_pull(x.reshape(2, 4, -1), dy.reshape(2, 4, -1)).reshape(x.shape)
-    agree(expected, dx, subject.gradient_bound(x, dy), "dx over shards")
+    agree(expected, dx, 2 * subject.gradient_bound(x, dy), "dx over shards")

@@ -145,8 +145,8 @@ def eval_treats_examples_independently(subject, x, others):
 
 
 @law(
-    statement="in training it is not: the first example's output moves with the others as the statistics do",
-    bound=f"{SLACK}, for both batches",
+    statement="in training it is not: the first example's output moves with the others, since the statistics do",
+    bound=f"where it should move by 16 times {SLACK}, it moves by more than once that",
     source="Ioffe and Szegedy 2015, section 3.4",
     inputs=inputs,
     needs=("batch",),
@@ -154,10 +154,11 @@ def eval_treats_examples_independently(subject, x, others):
 def train_couples_examples(subject, x):
     other = x.copy()
     other[1:] = 2 * x[1:] + 3 * np.abs(x).max() + 1
-    expected = subject.exact(other) - subject.exact(x)
-    got = subject.train(other) - subject.train(x)
-    bound = subject.output_bound(other) + subject.output_bound(x)
-    agree(expected[0], got[0], bound[0], "change of the first example's y")
+    expected = np.abs(subject.exact(other) - subject.exact(x))[0]
+    got = np.abs(subject.train(other) - subject.train(x))[0]
+    bound = (subject.output_bound(other) + subject.output_bound(x))[0]
+    still = (expected > 16 * bound) & ~(got > bound)
+    require(not still.any(), f"y of the first example moved by {got.max():.2g}, expected {expected.max():.2g}")
 
 
 @law(

@@ -1,0 +1,406 @@
+"""A textbook batch norm that keeps every law, and copies of it with one defect each, for testing the laws."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jaxbn
+
+
+class Textbook:
+    """Each step in a method of its own, so that a defect is a subclass which gets that step wrong."""
+
+    def __init__(self, decay, epsilon, feature_axis, axis_name):
+        self.decay, self.epsilon, self.feature_axis, self.axis_name = decay, epsilon, feature_axis, axis_name
+
+    # ---- the batch
+
+    def axes(self, x):
+        return tuple(axis for axis in range(x.ndim) if axis != self.feature_axis % x.ndim)
+
+    def summed(self, v):
+        return v if self.axis_name is None else lax.psum(v, self.axis_name)
+
+    def total(self, v, w):
+        return self.summed(jnp.sum(jnp.where(w > 0, w * v, 0), self.axes(v), keepdims=True))
+
+    def count(self, w):
+        return self.total(jnp.ones_like(w), w)
+
+    def average(self, v, w):
+        n = self.count(w)
+        return self.total(v, w) / jnp.where(n > 0, n, 1)
+
+    def mean(self, x, w):
+        """Mean, and what rounding it to one float lost."""
+        first = self.average(x, w)
+        return first, self.average(x - first, w)
+
+    def mean_square(self, c, w):
+        return self.average(c**2, w)
+
+    def root(self, var):
+        return jnp.sqrt(var + self.epsilon)
+
+    def standardize(self, x, w):
+        first, rest = self.mean(x, w)
+        c = x - first - rest
+        var = self.mean_square(c, w)
+        # In units of the standard deviation: 1 / std^3, which the derivative has, leaves the range of float32.
+        unit = lax.stop_gradient(self.root(var))
+        u = c / unit
+        ratio = self.mean_square(u, w) + self.epsilon / unit / unit
+        return u * lax.rsqrt(ratio), first, var
+
+    def widened(self, x):
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+    def train(self, x, w, stats, params):
+        xhat, mean, var = self.standardize(x, w)
+        batch = {"mean": jnp.squeeze(mean, self.axes(x)), "var": jnp.squeeze(var, self.axes(x))}
+        seen = jnp.squeeze(self.count(w), self.axes(x)) > 0
+        moved = self.update(lax.stop_gradient(stats), lax.stop_gradient(batch))
+        kept = {name: jnp.where(seen, moved[name].astype(stats[name].dtype), stats[name]) for name in stats}
+        return self.affine(xhat, params), lax.stop_gradient(kept)
+
+    # ---- the rest
+
+    def update(self, stats, batch):
+        return {name: self.decay * stats[name] + (1 - self.decay) * batch[name] for name in stats}
+
+    def evaluate(self, x, stats, params, w):
+        del w
+        mean, var = (self.shaped(v, x) for v in lax.stop_gradient((stats["mean"], stats["var"])))
+        return self.affine((x - mean) / self.root(var), params)
+
+    def affine(self, xhat, params):
+        return xhat * self.shaped(params["scale"], xhat) + self.shaped(params["bias"], xhat)
+
+    def shaped(self, v, x):
+        return jnp.expand_dims(v, self.axes(x))
+
+
+def factory(kind):
+    """A factory of Normalizers, as `jaxbn.batch_norm` is one."""
+
+    def make(
+        *, decay=0.99, epsilon=1e-5, feature_axis=-1, axis_name=None, unbiased=False, debias=False
+    ) -> jaxbn.Normalizer:
+        del unbiased, debias  # Stated by their defaults.
+        book = kind(decay, epsilon, feature_axis, axis_name)
+
+        def init(key, x):
+            del key
+            shape, dtype = (x.shape[feature_axis],), jnp.promote_types(x.dtype, jnp.float32)
+            zeros, ones = jnp.zeros(shape, dtype), jnp.ones(shape, dtype)
+            return {"params": {"scale": ones, "bias": zeros}, "batch_stats": {"mean": zeros, "var": ones}}
+
+        def apply(variables, x, *, train, where=None, weights=None):
+            params, stats, dtype = variables["params"], variables["batch_stats"], x.dtype
+            x = book.widened(x)
+            w = jnp.ones_like(x) if where is None else jnp.broadcast_to(where, x.shape).astype(x.dtype)
+            w = w if weights is None else w * weights
+            if train:
+                y, stats = book.train(x, w, stats, params)
+            else:
+                y = book.evaluate(x, stats, params, w)
+            return y.astype(dtype), stats
+
+        return jaxbn.Normalizer(init, apply)
+
+    make.__name__ = kind.__name__
+    return make
+
+
+# ---- defects of the statistics
+
+
+class UnbiasedInTheOutput(Textbook):
+    def mean_square(self, c, w):
+        n = self.count(w)
+        return self.total(c**2, w) / jnp.maximum(n - 1, 1)
+
+
+class UnbiasedInTheRunningVariance(Textbook):
+    def standardize(self, x, w):
+        xhat, mean, var = super().standardize(x, w)
+        n = self.count(w)
+        return xhat, mean, var * n / jnp.maximum(n - 1, 1)
+
+
+class Cancelling(Textbook):
+    """E[x^2] - E[x]^2, cut off at zero as Flax does."""
+
+    def standardize(self, x, w):
+        mean = self.average(x, w)
+        var = jnp.maximum(self.average(x**2, w) - mean**2, 0)
+        return (x - mean) / self.root(var), mean, var
+
+
+class CancellingToNaN(Textbook):
+    """E[x^2] - E[x]^2, not cut off, as in Haiku."""
+
+    def standardize(self, x, w):
+        mean = self.average(x, w)
+        var = self.average(x**2, w) - mean**2
+        return (x - mean) / self.root(var), mean, var
+
+
+class TwoPassWithARoundedMean(Textbook):
+    def mean(self, x, w):
+        first = self.average(x, w)
+        return first, jnp.zeros_like(first)
+
+
+class StatisticsInBfloat16(Textbook):
+    def mean(self, x, w):
+        first, rest = super().mean(x, w)
+        return first.astype(jnp.bfloat16).astype(x.dtype), 0 * rest
+
+
+class NarrowInside(Textbook):
+    """Computes in the dtype of x, whatever it is."""
+
+    def widened(self, x):
+        return x
+
+
+# ---- defects of epsilon
+
+
+class EpsilonOutsideTheRoot(Textbook):
+    def root(self, var):
+        return jnp.sqrt(var) + self.epsilon
+
+    def standardize(self, x, w):
+        first, rest = self.mean(x, w)
+        var = self.mean_square(x - first - rest, w)
+        safe = jnp.where(var > 0, var, 1)
+        return (x - first - rest) / (jnp.where(var > 0, jnp.sqrt(safe), 0) + self.epsilon), first, var
+
+
+class EpsilonMissing(Textbook):
+    def root(self, var):
+        return jnp.sqrt(var)
+
+    def standardize(self, x, w):
+        first, rest = self.mean(x, w)
+        c = x - first - rest
+        var = self.mean_square(c, w)
+        unit = lax.stop_gradient(jnp.sqrt(var))
+        return c / unit * lax.rsqrt(self.mean_square(c / unit, w)), first, var
+
+
+class EpsilonTwice(Textbook):
+    def root(self, var):
+        return jnp.sqrt(var + 2 * self.epsilon)
+
+    def standardize(self, x, w):
+        self.epsilon, kept = 2 * self.epsilon, self.epsilon
+        result = super().standardize(x, w)
+        self.epsilon = kept
+        return result
+
+
+# ---- defects of the gradient
+
+
+class StopGradientOnTheMean(Textbook):
+    def mean(self, x, w):
+        return lax.stop_gradient(super().mean(x, w))
+
+
+class StopGradientOnTheVariance(Textbook):
+    def mean_square(self, c, w):
+        return lax.stop_gradient(super().mean_square(c, w))
+
+
+class RunningStatisticsGetGradients(Textbook):
+    def evaluate(self, x, stats, params, w):
+        mean, var = (self.shaped(v, x) for v in (stats["mean"], stats["var"]))
+        return self.affine((x - mean) / self.root(var), params)
+
+
+class UpdateLeaksGradients(Textbook):
+    def train(self, x, w, stats, params):
+        y, moved = super().train(x, w, stats, params)
+        _, mean, var = self.standardize(x, w)
+        batch = {"mean": jnp.squeeze(mean, self.axes(x)), "var": jnp.squeeze(var, self.axes(x))}
+        # The value of the update, with the gradient of the batch.
+        leak = {name: (1 - self.decay) * (batch[name] - lax.stop_gradient(batch[name])) for name in moved}
+        return y, jax.tree.map(jnp.add, moved, leak)
+
+
+class NoForwardMode(Textbook):
+    """A custom_vjp, which JAX cannot differentiate forwards."""
+
+    def affine(self, xhat, params):
+        @jax.custom_vjp
+        def same(v):
+            return v
+
+        same.defvjp(lambda v: (v, None), lambda _, dv: (dv,))
+        return super().affine(same(xhat), params)
+
+
+class ShardGradientAveraged(Textbook):
+    """The transpose of the sum over shards taken to be the mean over them."""
+
+    def summed(self, v):
+        if self.axis_name is None:
+            return v
+        size = lax.axis_size(self.axis_name)
+        whole = lax.psum(v, self.axis_name)
+        return whole / size + lax.stop_gradient(whole - whole / size)
+
+
+# ---- defects of counting
+
+
+class AveragedVariances(Textbook):
+    """Mean over shards of each shard's own variance about its own mean."""
+
+    def standardize(self, x, w):
+        own = type(self)(self.decay, self.epsilon, self.feature_axis, None)
+        if self.axis_name is None:
+            return super().standardize(x, w)
+        mean = lax.pmean(own.average(x, w), self.axis_name)
+        var = lax.pmean(own.average((x - own.average(x, w)) ** 2, w), self.axis_name)
+        return (x - mean) * lax.rsqrt(var + self.epsilon), mean, var
+
+
+class AveragedMoments(Textbook):
+    """Mean over shards of E[x] and E[(x - mean)^2]: right for equal counts only."""
+
+    def average(self, v, w):
+        n = jnp.sum(w, self.axes(v), keepdims=True)
+        own = jnp.sum(jnp.where(w > 0, w * v, 0), self.axes(v), keepdims=True) / jnp.where(n > 0, n, 1)
+        return own if self.axis_name is None else lax.pmean(own, self.axis_name)
+
+
+class ShardsKeptApart(Textbook):
+    def summed(self, v):
+        return v
+
+
+class MaskIgnored(Textbook):
+    def train(self, x, w, stats, params):
+        return super().train(x, jnp.where(w == 0, 1, w), stats, params)
+
+
+class MaskIgnoredInTheCount(Textbook):
+    def average(self, v, w):
+        return self.total(v, w) / self.total(jnp.ones_like(v), jnp.maximum(w, 1))
+
+
+class MaskSubtracted(Textbook):
+    """The sum of everything, less what the mask leaves out: which cancels, and NaN does not even do that."""
+
+    def total(self, v, w):
+        return self.summed(jnp.sum(v, self.axes(v), keepdims=True) - jnp.sum((1 - w) * v, self.axes(v), keepdims=True))
+
+
+class WeightsAsMask(Textbook):
+    def train(self, x, w, stats, params):
+        return super().train(x, (w > 0).astype(x.dtype), stats, params)
+
+
+# ---- defects of running statistics
+
+
+class DecayAndMomentumSwapped(Textbook):
+    def update(self, stats, batch):
+        return {name: (1 - self.decay) * stats[name] + self.decay * batch[name] for name in stats}
+
+
+class StandardDeviationsAveraged(Textbook):
+    def update(self, stats, batch):
+        moved = super().update(stats, batch)
+        root = self.decay * jnp.sqrt(stats["var"]) + (1 - self.decay) * jnp.sqrt(batch["var"])
+        return moved | {"var": root**2}
+
+
+class EvaluatesWithTheBatch(Textbook):
+    def evaluate(self, x, stats, params, w):
+        return self.affine(self.standardize(x, w)[0], params)
+
+
+class TrainsWithTheRunningVariance(Textbook):
+    def train(self, x, w, stats, params):
+        y, moved = super().train(x, w, stats, params)
+        _, mean, _ = self.standardize(x, w)
+        return self.affine((x - mean) / self.root(self.shaped(moved["var"], x)), params), moved
+
+
+class StatisticsChangeDtype(Textbook):
+    """batch_stats come back in float16: another program from the second step on."""
+
+    def train(self, x, w, stats, params):
+        y, moved = super().train(x, w, stats, params)
+        return y, jax.tree.map(lambda v: v.astype(jnp.float16), moved)
+
+
+class EmptyFeaturesMoved(Textbook):
+    def train(self, x, w, stats, params):
+        y, _ = super().train(x, w, stats, params)
+        _, mean, var = self.standardize(x, w)
+        batch = {"mean": jnp.squeeze(mean, self.axes(x)), "var": jnp.squeeze(var, self.axes(x))}
+        return y, lax.stop_gradient(self.update(stats, batch))
+
+
+# ---- defects of what is normalized
+
+
+class WrongAxisForImages(Textbook):
+    """Counts the batch and the last spatial axis in, the channel out, for inputs of rank 4."""
+
+    def axes(self, x):
+        return (0, 2, 3) if x.ndim == 4 and self.feature_axis == -1 else super().axes(x)
+
+    def shaped(self, v, x):
+        return v.reshape([-1 if axis not in self.axes(x) else 1 for axis in range(x.ndim)])
+
+
+class ChannelsFirstIgnored(Textbook):
+    """feature_axis=1 counts as -1 wherever both have the same size."""
+
+    def __init__(self, decay, epsilon, feature_axis, axis_name):
+        del feature_axis
+        super().__init__(decay, epsilon, -1, axis_name)
+
+
+class AllFeaturesTogether(Textbook):
+    def average(self, v, w):
+        return jnp.mean(super().average(v, w), keepdims=True) + jnp.zeros_like(super().average(v, w))
+
+
+class EachPositionByItself(Textbook):
+    """One mean per position instead of one per feature map."""
+
+    def total(self, v, w):
+        return self.summed(jnp.sum(jnp.where(w > 0, w * v, 0), 0, keepdims=True))
+
+    def train(self, x, w, stats, params):
+        if x.ndim == 2:
+            return super().train(x, w, stats, params)
+        return self.affine(self.standardize(x, w)[0], params), stats
+
+
+class FirstExampleLeftOut(Textbook):
+    def train(self, x, w, stats, params):
+        return super().train(x, w.at[0].set(0) if x.shape[0] > 4 else w, stats, params)
+
+
+class ScaleBeforeTheMean(Textbook):
+    """(scale x - mean) r + bias."""
+
+    def train(self, x, w, stats, params):
+        _, moved = super().train(x, w, stats, params)
+        _, mean, var = self.standardize(x, w)
+        scaled = x * self.shaped(params["scale"], x)
+        return (scaled - mean) / self.root(var) + self.shaped(params["bias"], x), moved
+
+
+class BiasBeforeTheScale(Textbook):
+    def affine(self, xhat, params):
+        return (xhat + self.shaped(params["bias"], xhat)) * self.shaped(params["scale"], xhat)
