@@ -19,7 +19,8 @@ from jaxbn.population import input_moments, population_statistics
 from jaxbn.recording import recordable
 
 EPSILON = 1e-5
-CUTS = [16, 32]  # Unequal batches of 16, 16 and 32 examples: two compilations.
+UNEQUAL = [16, 32]  # Batches of 16, 16 and 32 examples: two compilations.
+EQUAL = [16, 32, 48]
 ROUNDING = 1e-6  # Eight units in the last place of float32: a few roundings within each batch.
 
 NORM = recordable(jaxbn.batch_norm(epsilon=EPSILON))
@@ -29,7 +30,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def cut(x, cuts=CUTS):
+def cut(x, cuts=EQUAL):
     return np.split(x, cuts)
 
 
@@ -86,7 +87,7 @@ def assert_statistics(actual, expected, rtol=ROUNDING):
 
 def test_unequal_batches_give_the_statistics_of_the_whole_set():
     x = 3 + 2 * normal(64, 3)
-    stats = population_statistics(one_layer, one_layer_variables(), cut(x))
+    stats = population_statistics(one_layer, one_layer_variables(), cut(x, UNEQUAL))
     wide = x.astype(np.float64)
     assert_statistics({"": stats}, {"": {"mean": wide.mean(0), "var": wide.var(0)}})
 
@@ -134,12 +135,12 @@ def test_a_layer_used_twice_pools_both_uses():
 
 
 def test_all_at_once_measures_layers_above_normalized_batches():
-    variables, batches = chain_variables(), cut(normal(64, 3))
+    variables, batches = chain_variables(), cut(normal(64, 3), UNEQUAL)
     stats = population_statistics(jitted_chain, variables, batches)
     assert_statistics(stats, chain_oracle(variables["params"], batches), rtol=5 * ROUNDING)
 
 
-@pytest.mark.parametrize("cuts", [CUTS, range(4, 64, 4)])
+@pytest.mark.parametrize("cuts", [UNEQUAL, range(4, 64, 4)])
 def test_layer_by_layer_equals_one_batch_of_the_whole_set(cuts):
     # With all data in one batch, batch statistics are population statistics, in every layer.
     variables, x = chain_variables(widths=(3, 5, 4, 4)), normal(64, 3)
@@ -193,11 +194,13 @@ def test_what_saw_nothing_keeps_its_statistics():
 
 
 def test_a_layer_left_in_test_mode_keeps_its_statistics():
+    norm = recordable(jaxbn.batch_norm(epsilon=EPSILON, use_scale=False, use_bias=False))
+
     @jax.jit
     def half_frozen(variables, x):
         stats = variables["batch_stats"]
-        y, a = NORM.apply({"params": {}, "batch_stats": stats["a"]}, x, train=False)
-        return {"a": a, "b": NORM.apply({"params": {}, "batch_stats": stats["b"]}, y, train=True)[1]}
+        y, a = norm.apply({"params": {}, "batch_stats": stats["a"]}, x, train=False)
+        return {"a": a, "b": norm.apply({"params": {}, "batch_stats": stats["b"]}, y, train=True)[1]}
 
     frozen = {"mean": jnp.full(3, 1.0), "var": jnp.full(3, 4.0)}
     variables = {"batch_stats": {"a": frozen, "b": {"mean": jnp.zeros(3), "var": jnp.ones(3)}}}
@@ -329,15 +332,15 @@ def test_batches_of_one_shape_are_traced_once():
         traces.append(x.shape)
         return chain(variables, x)
 
-    population_statistics(apply, chain_variables(), cut(normal(64, 3), [16, 32, 48]), layer_by_layer=True)
+    population_statistics(apply, chain_variables(), cut(normal(64, 3)), layer_by_layer=True)
     assert traces == [(16, 3)]
 
 
 def test_a_cached_training_step_is_not_mistaken_for_a_measurement():
-    apply, variables, x = jax.jit(chain), chain_variables(), normal(64, 3)
-    before = apply(variables, x)
-    population_statistics(apply, variables, cut(x, [32]))
-    jax.tree.map(np.testing.assert_array_equal, apply(variables, x), before)
+    apply, variables, x = jitted_chain, chain_variables(), normal(64, 3)
+    before = apply(variables, x[:16])
+    population_statistics(apply, variables, cut(x))
+    jax.tree.map(np.testing.assert_array_equal, apply(variables, x[:16]), before)
 
 
 def test_a_record_does_not_change_what_a_network_computes_in_training():
