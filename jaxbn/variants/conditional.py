@@ -55,7 +55,8 @@ def conditional_batch_norm(
         condition or one of the wrong shape.
       TypeError: classes that are not integers.
     """
-    if (num_classes is None) == (condition_size is None) or (num_classes or condition_size) < 1:
+    given = [size for size in (num_classes, condition_size) if size is not None]
+    if len(given) != 1 or given[0] < 1:
         raise ValueError(f"num_classes={num_classes}, condition_size={condition_size}; expected one, of at least 1.")
     if {"use_scale", "use_bias"} & set(options):
         raise ValueError("use_scale and use_bias do not apply: both are what the condition chooses; use batch_norm.")

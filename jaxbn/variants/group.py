@@ -68,7 +68,8 @@ def group_norm(
         they do not divide, or a single value a group.
     """
     check_epsilon(epsilon)
-    if (num_groups is None) == (group_size is None) or (num_groups or group_size) < 1:
+    given = [size for size in (num_groups, group_size) if size is not None]
+    if len(given) != 1 or given[0] < 1:
         raise ValueError(f"num_groups={num_groups} and group_size={group_size}; expected one of them, of 1 or more.")
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
@@ -98,7 +99,7 @@ def group_norm(
 
     def _groups(x):
         (channels,) = feature_shape(x, feature_axis)
-        if channels % (num_groups or group_size):
+        if channels % given[0]:
             raise ValueError(
                 f"x of shape {x.shape} has {channels} channels along feature_axis={feature_axis}; num_groups="
                 f"{num_groups}, group_size={group_size} does not divide them: choose a divisor."

@@ -43,7 +43,9 @@ def newton_inverse_square_root(matrix: jax.Array, *, steps: int = 5) -> jax.Arra
     """matrix**-1/2 approximately, by Newton's iteration (Huang et al. 2019, algorithm 1).
 
     P <- (3 P - P**3 N) / 2 from P = I, with N = matrix / trace(matrix); the result is P / sqrt(trace). Few steps leave
-    the directions of small variance partly unwhitened, on purpose.
+    the directions of small variance partly unwhitened, on purpose. The same P are computed here from P and Y = P N,
+    each times (3 I - P Y) / 2, at the same cost: as published the iteration diverges once it has converged, from
+    rounding (Higham 2008, section 6.4).
 
     Args:
       matrix: [..., d, d], symmetric and positive definite.
@@ -53,11 +55,11 @@ def newton_inverse_square_root(matrix: jax.Array, *, steps: int = 5) -> jax.Arra
       Of matrix's shape.
     """
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
-    normed = matrix / trace
-    root = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    root, square = eye, matrix / trace
     for _ in range(steps):
-        cube = _dot(_dot(root, root), root)
-        root = 1.5 * root - 0.5 * _dot(cube, normed)
+        factor = 1.5 * eye - 0.5 * _dot(root, square)
+        root, square = _dot(factor, root), _dot(square, factor)
     return root * lax.rsqrt(trace)
 
 

@@ -1,7 +1,7 @@
 """The batch-normalized LSTM as a Flax linen cell, for `flax.linen.RNN`."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -21,15 +21,31 @@ class PaddedCarry(NamedTuple):
     lengths: jax.Array
 
 
+def rnn(cell: RecurrentCell, *, train: bool, **options: Any) -> nn.RNN:
+    """`flax.linen.RNN` over a cell that keeps statistics.
+
+        variables = rnn(cell, train=False).init(key, x)
+        y, moved = rnn(cell, train=True).apply(variables, x, mutable="batch_stats")
+
+    In training the RNN carries the collection "batch_stats" from step to step; otherwise it only reads it. Variables
+    have to be made with train=False, since Flax cannot make them inside what it carries (flax issue 2052): inside a
+    module that is `train and not self.is_initializing()`.
+
+    Args:
+      cell: as `batch_norm_lstm` makes it.
+      train: normalize by the batch, and move the statistics.
+      **options: of `flax.linen.RNN`: time_major, return_carry, ...
+    """
+    module = BatchNormLSTMCell(cell, use_running_average=not train)
+    if train:
+        return nn.RNN(module, variable_carry="batch_stats", **options)
+    return nn.RNN(module, variable_broadcast=["params", "batch_stats"], **options)
+
+
 class BatchNormLSTMCell(nn.RNNCellBase):
-    """A RecurrentCell, such as `batch_norm_lstm` makes, as a cell for `flax.linen.RNN`.
+    """A RecurrentCell, such as `batch_norm_lstm` makes, as a cell for `flax.linen.RNN`; `rnn` builds the two together.
 
-        cell = BatchNormLSTMCell(batch_norm_lstm(100, 784), use_running_average=False)
-        rnn = nn.RNN(cell, variable_carry="batch_stats")
-        y, updates = rnn.apply(variables, x, mutable="batch_stats")
-
-    The statistics stay in the collection "batch_stats", which the RNN has to carry from step to step. For padded
-    sequences pass `initial_carry=cell.padded(x, lengths)`: `nn.RNN` does not tell its cell of seq_lengths.
+    For padded sequences pass `initial_carry=cell.padded(x, lengths)`: `nn.RNN` does not tell its cell of seq_lengths.
 
     Attributes:
       cell: the RecurrentCell.
