@@ -69,9 +69,9 @@ def test_numpy_input_is_taken():
     assert moments(np.ones((3, 2), np.float32), 0).mean.shape == (2,)
 
 
-@pytest.mark.parametrize("shape", [(40, 3), (40, 1), (1, 3), (3,), (1,), ()])
+@pytest.mark.parametrize("shape", [(40, 3), (40, 1), (3,), ()])
 def test_mask_broadcasts_as_in_jnp_mean(shape):
-    x, where = draw(40, 3), np.ones(shape, bool) if shape in ((1,), ()) else RNG.uniform(size=shape) > 0.3
+    x, where = draw(40, 3), np.ones(shape, bool) if shape == () else RNG.uniform(size=shape) > 0.3
     m = moments(x, 0, where=where)
     assert_moments(m, x, 0, where=where)
     expected = jnp.mean(x, 0, where=jnp.asarray(where))  # NaN where nothing counts; ours is zero.
