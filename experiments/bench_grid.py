@@ -26,7 +26,6 @@ from experiments.tables import Table, to_rich
 
 ROUNDS = 15
 STEPS = 20  # per round
-NETWORKS = 30  # in the grid: as many as `benefits` trains together in the preset cpu
 RATE = 0.01
 
 
@@ -77,15 +76,17 @@ def tabulate(found: dict[str, np.ndarray]) -> Table:
 
 
 def grid_round(dataset: data.Dataset) -> Callable[[], int]:
-    """One interval of a grid of `NETWORKS` networks."""
-    programs = loop.compile_grid(benefits.task("relu", "batch norm"), loop.Schedule(STEPS, STEPS, benefits.BATCH_SIZE))
-    runs = loop.stacked([{"seed": seed, "rate": RATE, "deviation": 0.05} for seed in range(NETWORKS)], NETWORKS)
+    """One interval of one of the grids of `benefits`, in the preset cpu."""
+    runs = benefits.grid(benefits.PRESETS["cpu"])
+    schedule = loop.Schedule(STEPS, STEPS, benefits.BATCH_SIZE)
+    programs = loop.compile_grid(benefits.task("relu", "batch norm"), schedule, loop.runs_per_seed(runs))
+    runs = loop.stacked(runs, len(runs))
     arrays = loop.on_device(dataset)
     state = {"now": programs.start(runs, arrays)}
 
     def program() -> int:
         state["now"], _ = jax.block_until_ready(programs.advance(state["now"], runs, arrays, 0))
-        return NETWORKS * STEPS
+        return len(runs["seed"]) * STEPS
 
     return program
 

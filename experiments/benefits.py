@@ -85,9 +85,9 @@ def grid(settings: dict) -> list[dict]:
     """The runs of one network: every rate, deviation and seed."""
     return [
         {"seed": seed, "rate": rate, "deviation": deviation}
+        for seed in range(settings["seeds"])
         for deviation in DEVIATIONS
         for rate in RATES
-        for seed in range(settings["seeds"])
     ]
 
 
@@ -131,7 +131,8 @@ def step_costs(settings: dict, schedule: loop.Schedule, dataset: data.Dataset) -
     """Seconds per network and step of both arms (relu), one interval of steps each in turns: {arm: [rounds]}."""
     runs = loop.stacked(grid(settings), len(grid(settings)))
     arrays = loop.on_device(dataset)
-    programs = {arm: loop.compile_grid(task("relu", arm), schedule) for arm in ARMS}
+    per_seed = loop.runs_per_seed(grid(settings))
+    programs = {arm: loop.compile_grid(task("relu", arm), schedule, per_seed) for arm in ARMS}
     states = {arm: programs[arm].start(runs, arrays) for arm in ARMS}
     seconds = {arm: [] for arm in ARMS}
     for _ in range(settings["cost_rounds"] + 1):

@@ -20,7 +20,6 @@ full run.
 import functools
 from pathlib import Path
 
-import jax
 import optax
 
 import jaxbn
@@ -56,20 +55,15 @@ def task(arm: str, depth: int) -> loop.Task:
     return loop.Task(lambda run, key, x: network.init(key, x), network.apply, lambda run: optax.adam(RATE))
 
 
-def schedule(settings: dict) -> loop.Schedule:
-    """Run after run on a CPU, whose cores one network fills; all at once on an accelerator."""
-    return loop.Schedule(settings["steps"], settings["interval"], BATCH_SIZE, mapped=jax.default_backend() == "cpu")
-
-
 def run(settings: dict, record: Record, track: loop.Track) -> None:
     """Train both arms."""
     dataset = data.load(settings["data"])
     runs = [{"seed": seed} for seed in range(settings["seeds"])]
     for arm in ARMS:
         track(arm, int(record.is_done(arm)), 1)
+    schedule = loop.Schedule(settings["steps"], settings["interval"], BATCH_SIZE)
     for arm in ARMS:
-        trained = task(arm, settings["depth"])
-        loop.train_grid(record, arm, trained, schedule(settings), runs, dataset, track)
+        loop.train_grid(record, arm, task(arm, settings["depth"]), schedule, runs, dataset, track)
 
 
 def judge(settings: dict, rows: list[dict]) -> list[Verdict]:

@@ -1,12 +1,13 @@
 """Training a grid: every run (seed, rate, initialization, ...) of one architecture, together, in one compiled program.
 
-A *run* is a dict of numbers, with at least `"seed"`; a grid is a list of them. The program is a `lax.scan` over steps
-inside a `vmap` (or, where batching the operations of many networks costs more than it saves, a `lax.map`) over runs.
-The data set lies on the device once and all runs draw from it; metrics come back once per interval; the state is
-donated. Memory is bounded by training a long grid in parts of equal size, one after the other.
+A *run* is a dict of numbers, with at least `"seed"`; a grid is a list of them, seed after seed, with equally many runs
+of each. The runs of a seed see the same batches: they train under a `vmap` inside a `lax.scan` over steps, and the
+seeds under a `vmap` around it or, where a few networks already fill the machine and its caches, a `lax.map`. The
+data set lies on the device once and all runs draw from it; metrics come back once per interval; the state is donated.
+Memory is bounded by training a long grid in parts of equal size, one after the other.
 
-Everything random follows from a run's seed and the step's number alone, so that a run is the same in any grid order,
-and a grid that continues from a checkpoint goes on as if it had never stopped.
+Everything random follows from a run's seed and the step's number alone, so that a run is the same in any grid, and a
+grid that continues from a checkpoint goes on as if it had never stopped.
 """
 
 import functools
@@ -42,15 +43,18 @@ class Schedule(NamedTuple):
     steps: int
     interval: int
     batch_size: int
-    runs_at_once: int = 64  # runs in memory together
-    mapped: bool = False  # run after run (lax.map) instead of all at once (vmap)
+    runs_at_once: int = 64  # runs in memory together; at least those of one seed
+    mapped: bool | None = None  # seed after seed (lax.map) or all at once (vmap); None: mapped on a CPU
 
 
 def on_device(dataset: data.Dataset) -> dict[str, Array]:
-    """The data set as device arrays, the test set padded to whole evaluation batches with the label -1."""
+    """The data set as device arrays, the test set padded to whole evaluation batches with the label -1.
+
+    Training images are flattened to [n, pixels]: XLA gathers rows of bytes ten times faster than images.
+    """
     padding = -len(dataset.test_labels) % min(EVALUATION_BATCH, len(dataset.test_labels))
     arrays = {
-        "train_images": dataset.train_images,
+        "train_images": dataset.train_images.reshape(len(dataset.train_images), -1),
         "train_labels": dataset.train_labels,
         "test_images": np.pad(dataset.test_images, [(0, padding), (0, 0), (0, 0), (0, 0)]),
         "test_labels": np.pad(dataset.test_labels, (0, padding), constant_values=-1),
@@ -79,6 +83,13 @@ def batch_indices(seed: Array, start: Array, steps: int, batch_size: int, exampl
     shuffled = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), examples))(epochs)
     batches = shuffled[:, : per_epoch * batch_size].reshape(touched * per_epoch, batch_size)
     return jax.lax.dynamic_slice_in_dim(batches, start % per_epoch, steps)
+
+
+def take(arrays: dict, index: Array) -> tuple[Array, Array]:
+    """The training images (float32, image-shaped) and labels numbered by `index` [batch]."""
+    flat = arrays["train_images"].at[index].get(mode="promise_in_bounds")
+    images = data.pixels(flat).reshape(len(index), *arrays["test_images"].shape[1:])
+    return images, arrays["train_labels"].at[index].get(mode="promise_in_bounds")
 
 
 def init_run(task: Task, images: Array, run: dict) -> dict:
@@ -123,31 +134,35 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def compile_grid(task: Task, schedule: Schedule) -> Programs:
-    """The programs that train the runs of `task`; the same task and schedule give the same, already compiled, ones.
+def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
+    """The programs for grids of `task` with `per_seed` runs of each seed; asked again, the same compiled ones.
 
     `advance` trains every run for one interval from step number `step` on and returns the mean loss of the interval.
     """
-    over_runs = jax.lax.map if schedule.mapped else lambda f, xs: jax.vmap(f)(xs)
+    mapped = jax.default_backend() == "cpu" if schedule.mapped is None else schedule.mapped
+    over_seeds = partial(by_seed, jax.lax.map if mapped else lambda f, xs: jax.vmap(f)(xs), per_seed)
 
     @partial(jax.jit, donate_argnums=0)
     def train_interval(states: dict, runs: dict, arrays: dict, indices: Array) -> tuple[dict, Array]:
-        def train_run(of_run: tuple[dict, dict, Array]) -> tuple[dict, Array]:
-            state, run, indices = of_run
+        def train_seed(of_seed: tuple[dict, dict, Array]) -> tuple[dict, Array]:
+            states, runs, indices = of_seed
 
-            def body(state: dict, index: Array) -> tuple[dict, Array]:
-                images = data.pixels(arrays["train_images"][index])
-                return train_step(task, run, state, images, arrays["train_labels"][index])
+            def body(states: dict, index: Array) -> tuple[dict, Array]:
+                batch = take(arrays, index)
+                return jax.vmap(lambda state, run: train_step(task, run, state, *batch))(states, runs)
 
-            state, losses = jax.lax.scan(body, state, indices)
-            return state, losses.mean()
+            states, losses = jax.lax.scan(body, states, indices[0])  # the indices of all runs of a seed are the same
+            return states, losses.mean(axis=0)
 
-        return over_runs(train_run, (states, runs, indices))
+        return over_seeds(train_seed, (states, runs, indices))
 
     @jax.jit
     def evaluate(states: dict, arrays: dict) -> Array:
-        test = arrays["test_images"], arrays["test_labels"]
-        return over_runs(lambda variables: accuracy(task.apply, variables, *test), states["variables"])
+        def evaluate_seed(variables: dict) -> Array:
+            test = arrays["test_images"], arrays["test_labels"]
+            return jax.vmap(lambda of_run: accuracy(task.apply, of_run, *test))(variables)
+
+        return over_seeds(evaluate_seed, states["variables"])
 
     def advance(states: dict, runs: dict, arrays: dict, step: int) -> tuple[dict, Array]:
         examples = len(arrays["train_labels"])
@@ -157,21 +172,39 @@ def compile_grid(task: Task, schedule: Schedule) -> Programs:
     def start(runs: dict, arrays: dict) -> dict:
         # Not compiled as a whole: random draws are slow to compile, and taken one by one they are compiled once for
         # all architectures that have the same shapes.
-        return jax.vmap(partial(init_run, task, arrays["train_images"]))(runs)
+        return jax.vmap(partial(init_run, task, arrays["test_images"]))(runs)
 
     return Programs(start, advance, evaluate)
 
 
+def by_seed(over: Callable, per_seed: int, f: Callable, xs: object) -> object:
+    """Apply `f` to each seed's runs: leaves [runs, ...] of `xs` and of the result, [per_seed, ...] inside."""
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, per_seed, *leaf.shape[1:]), xs)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), over(f, grouped))
+
+
+def runs_per_seed(runs: list[dict]) -> int:
+    """How many runs each seed has; ValueError unless they come seed after seed, equally many of each."""
+    per_seed = sum(run["seed"] == runs[0]["seed"] for run in runs)
+    groups = [{run["seed"] for run in runs[first : first + per_seed]} for first in range(0, len(runs), per_seed)]
+    if len(runs) % per_seed or any(len(seeds) > 1 for seeds in groups):
+        raise ValueError(f"runs must come seed after seed, equally many of each; got {[r['seed'] for r in runs]}")
+    return per_seed
+
+
 def parts_of(runs: list[dict], at_once: int) -> list[list[dict]]:
-    """Split a grid into as few parts of at most `at_once` runs as will do, of sizes as equal as they come."""
-    count = -(-len(runs) // at_once)
-    size = -(-len(runs) // count)
+    """Split a grid, between seeds, into as few parts of at most `at_once` runs as will do, of nearly equal sizes."""
+    per_seed = runs_per_seed(runs)
+    seeds = len(runs) // per_seed
+    count = -(-seeds // max(1, at_once // per_seed))
+    size = -(-seeds // count) * per_seed
     return [runs[first : first + size] for first in range(0, len(runs), size)]
 
 
 def stacked(runs: list[dict], size: int) -> dict[str, Array]:
-    """Runs as a dict of arrays [size]; the last run fills up a part that is too short, so that nothing retraces."""
-    filled = [*runs, *[runs[-1]] * (size - len(runs))]
+    """Runs as a dict of arrays [size]; the last seed fills up a part that is too short, so that nothing retraces."""
+    per_seed = runs_per_seed(runs)
+    filled = [*runs, *runs[-per_seed:] * ((size - len(runs)) // per_seed)]
     return {
         name: jnp.asarray([run[name] for run in filled], jnp.int32 if name == "seed" else jnp.float32)
         for name in runs[0]
@@ -197,7 +230,7 @@ def train_grid(
     if record.is_done(stage):
         return
     arrays, parts = on_device(dataset), parts_of(runs, schedule.runs_at_once)
-    programs = compile_grid(task, schedule)
+    programs = compile_grid(task, schedule, runs_per_seed(runs))
     first_part, done = checkpoint.position(record, stage)
     if (first_part, done) == (0, 0):
         record.append([{"stage": stage, "runs": runs}])

@@ -12,7 +12,7 @@ from experiments.record import open_record
 
 EXAMPLES, BATCH = 43, 8  # five batches an epoch, three examples over
 CONFIG = {"experiment": "e", "preset": "p", "settings": {}}
-RUNS = [{"seed": seed, "rate": rate} for rate in (0.1, 1.0) for seed in range(3)]
+RUNS = [{"seed": seed, "rate": rate} for seed in range(3) for rate in (0.1, 1.0)]
 
 
 def dataset():
@@ -121,19 +121,25 @@ def test_accuracy_counts_correct_predictions_and_ignores_padding(monkeypatch):
     np.testing.assert_allclose(found, np.mean(dataset().test_labels == 3), rtol=1e-6)
 
 
-def test_parts_are_few_and_of_equal_size():
-    assert [len(part) for part in loop.parts_of(RUNS, 5)] == [3, 3]
-    assert [len(part) for part in loop.parts_of(RUNS, 4)] == [3, 3]
-    assert [len(part) for part in loop.parts_of(RUNS[:5], 2)] == [2, 2, 1]
+def test_parts_are_few_of_equal_size_and_cut_between_seeds():
+    assert [len(part) for part in loop.parts_of(RUNS, 5)] == [4, 2]
+    assert [len(part) for part in loop.parts_of(RUNS, 1)] == [2, 2, 2]
+    assert [len(part) for part in loop.parts_of(RUNS[::2], 2)] == [2, 1]
     assert [len(part) for part in loop.parts_of(RUNS, 64)] == [6]
 
 
+@pytest.mark.parametrize("runs", [RUNS[:5], [*RUNS[::2], *RUNS[1::2]]])
+def test_a_grid_that_is_not_sorted_into_seeds_of_equal_size_is_refused(runs):
+    with pytest.raises(ValueError, match="seed after seed"):
+        loop.runs_per_seed(runs)
+
+
 def test_a_grid_in_parts_is_the_grid_at_once(tmp_path):
-    whole, _ = train(tmp_path / "whole", SCHEDULE, RUNS[:5])
-    parted, trained = train(tmp_path / "parted", SCHEDULE._replace(runs_at_once=2), RUNS[:5])
+    whole, _ = train(tmp_path / "whole", SCHEDULE)
+    parted, trained = train(tmp_path / "parted", SCHEDULE._replace(runs_at_once=4))
     whole, parted = loop.curves(whole, "stage"), loop.curves(parted, "stage")
     np.testing.assert_allclose(parted.loss, whole.loss, rtol=1e-3)
-    assert [len(part["batch_stats"][0]["mean"]) for part in trained] == [2, 2, 1]
+    assert [len(part["batch_stats"][0]["mean"]) for part in trained] == [4, 2]
 
 
 def test_nothing_is_traced_again_after_the_first_interval(tmp_path):
@@ -160,7 +166,7 @@ def killed_at(interval):
 @pytest.mark.parametrize("seconds_between", [0.0, 1e9])
 @pytest.mark.parametrize("interval", [0, 1, 3, 4, 6, 9])
 def test_an_interrupted_grid_continues_bit_for_bit(tmp_path, monkeypatch, seconds_between, interval):
-    schedule = SCHEDULE._replace(runs_at_once=3)  # two parts; each calls track five times
+    schedule = SCHEDULE._replace(runs_at_once=4)  # two parts; each calls track five times
     _, undisturbed = train(tmp_path / "undisturbed", schedule)
     monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", seconds_between)
     with pytest.raises(KilledError):
