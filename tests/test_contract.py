@@ -186,6 +186,30 @@ def test_shards_that_share_statistics_give_what_the_whole_batch_gives(name):
     assert_trees_equal(batch_stats, jax.tree.map(lambda v: jnp.stack([v, v]), whole_stats), **ROUNDED)
 
 
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.splits])
+def test_shard_map_knows_that_statistics_are_equal_on_all_devices_and_gradients_too(name):
+    # Traced with the check of varying axes on, which refuses an output said to be equal that may not be.
+    r, norm, auto = ready(name), CASES[name].build("shards"), (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("shards",), axis_types=auto, devices=jax.devices()[:2])
+    per_example, rest = _by_example(r.arguments)
+
+    def shard(params, x, arguments):
+        def loss(params):
+            variables = {"params": params, "batch_stats": r.variables["batch_stats"]}
+            y, batch_stats = norm.apply(variables, x, train=True, **arguments, **rest)
+            return jnp.sum(y**2), (y, batch_stats)
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    by_shard = jax.P("shards")
+    specs = dict(in_specs=(jax.P(), by_shard, by_shard), out_specs=(jax.P(), (by_shard, jax.P())))
+    mapped = jax.shard_map(shard, mesh=mesh, **specs)
+    grads, (y, batch_stats) = jax.eval_shape(mapped, r.variables["params"], draw(), per_example)
+    assert y.shape == SHAPE
+    assert signature(grads) == signature(r.variables["params"])
+    assert signature(batch_stats) == signature(r.variables["batch_stats"])
+
+
 @every
 def test_linen_shell_has_the_variables_of_the_normalizer(name):
     r, module = ready(name), jaxbn.linen.Norm(ready(name).norm)
@@ -258,6 +282,19 @@ def test_mode_that_is_not_a_bool_is_refused(name):
 def test_integer_input_is_refused(name):
     with pytest.raises(TypeError, match="floating"):
         traced(name, draw().astype(jnp.int32), True)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "identity"])  # It has none and looks at none.
+def test_params_that_init_did_not_make_are_refused(name):
+    variables = ready(name).variables
+    with pytest.raises(ValueError, match="params has"):
+        traced(name, draw(), True, variables | {"params": variables["params"] | {"gamma": jnp.ones((2, 4))}})
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "identity"])  # It takes any.
+def test_x_of_other_features_than_init_saw_is_refused(name):
+    with pytest.raises(ValueError, match=r"\(8, 5, 7\)"):
+        traced(name, draw(0, (8, 5, 7)), True)
 
 
 def _as_float64(v):

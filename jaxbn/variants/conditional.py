@@ -77,7 +77,7 @@ def conditional_batch_norm(
 
     def apply(variables, x, *, train, condition=None, where=None, weights=None, rng=None, residual=None):
         x = inexact(x)
-        params, batch_stats = variables["params"], variables["batch_stats"]
+        params, batch_stats = _checked_params(variables, x), variables["batch_stats"]
         choose = _row if num_classes is not None else _linear
         scale, bias = (choose(params, name, _checked_condition(condition, x)) for name in ("scale", "bias"))
         standardize = batch_norm(dtype=stats_dtype(x), **shared).apply
@@ -87,6 +87,17 @@ def conditional_batch_norm(
         positions = reduced_axes(x.ndim, (0, feature_axis))
         scale, bias = (jnp.expand_dims(v, positions) for v in (scale, bias))
         return scale_shift(xhat, scale, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
+
+    def _checked_params(variables, x):
+        params, shape = variables.get("params", {}), feature_shape(x, feature_axis)
+        rows = shape if num_classes is None else (num_classes, *shape)
+        shapes = dict.fromkeys(("scale", "bias"), rows)
+        if condition_size is not None:
+            shapes |= dict.fromkeys(("scale_kernel", "bias_kernel"), (condition_size, *shape))
+        if {name: jnp.shape(v) for name, v in params.items()} != shapes:
+            found = {name: jnp.shape(v) for name, v in params.items()}
+            raise ValueError(f"params has {found}; x of shape {x.shape} wants {shapes}: what init makes of it.")
+        return params
 
     def _checked_condition(condition, x):
         shape = (x.shape[0],) if num_classes is not None else (x.shape[0], condition_size)

@@ -12,6 +12,7 @@ from jaxbn.moments import Across, canonical_axes, size_of, wide
 
 Initializer = Callable[..., jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
+Shapes = dict[str, tuple[int, ...]]
 
 
 class Affine(NamedTuple):
@@ -31,7 +32,12 @@ class Affine(NamedTuple):
         """Return {"scale", "bias"} of that shape, each where it is used."""
         starts = {"scale": self.scale_init, "bias": self.bias_init}
         keys = dict(zip(starts, jax.random.split(key), strict=True))
-        return {name: start(keys[name], shape, self.dtype) for name, start in starts.items() if start is not None}
+        return {name: starts[name](keys[name], shape, self.dtype) for name in self.shapes(shape)}
+
+    def shapes(self, shape: tuple[int, ...]) -> Shapes:
+        """Return the shape of each parameter in use."""
+        starts = {"scale": self.scale_init, "bias": self.bias_init}
+        return {name: shape for name, start in starts.items() if start is not None}
 
 
 def affine_of(use_scale: bool, use_bias: bool, scale_init: Initializer, bias_init: Initializer, dtype) -> Affine:
@@ -85,26 +91,39 @@ def scale_shift(
     return (y if activation is None else activation(y)).astype(dtype)
 
 
-def checked(variables: dict, x: jax.Array, train: bool, **shapes: tuple[int, ...]) -> tuple[dict, dict]:
-    """Return params and batch_stats of variables, after checking train and the shapes of the entries named.
+def checked(
+    variables: dict, x: jax.Array, train: bool, params: Shapes, batch_stats: Shapes
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Return params and batch_stats of variables, after checking train, their names and their shapes.
+
+    Args:
+      variables: what apply was given.
+      x: the array to be normalized.
+      train: what apply was given.
+      params: shape of each entry that params has to have.
+      batch_stats: shape of each entry that batch_stats has to have.
 
     Raises:
       TypeError: train is not a bool.
-      ValueError: batch_stats is missing, or an entry has another shape than the one given here.
+      ValueError: batch_stats is missing, or an entry is missing, unexpected or of another shape.
     """
     if not isinstance(train, bool | np.bool_):
         raise TypeError(f"train={train!r}; expected True or False, known at trace time: mark it static under jit.")
     if "batch_stats" not in variables:
         raise ValueError(f"variables has {sorted(variables)}; expected what init returned: 'params' and 'batch_stats'.")
-    params, batch_stats = variables.get("params", {}), variables["batch_stats"]
-    found = {**params, **batch_stats}
-    for name, shape in shapes.items():
-        if name in found and jnp.shape(found[name]) != shape:
+    found = variables.get("params", {}), variables["batch_stats"]
+    for collection, held, expected in zip(("params", "batch_stats"), found, (params, batch_stats), strict=True):
+        if set(held) != set(expected):
             raise ValueError(
-                f"{name} has shape {jnp.shape(found[name])} but x of shape {x.shape} wants {shape}; pass x of the shape"
-                " that init saw, or init for this one."
+                f"{collection} has {sorted(held)}; expected {sorted(expected)}: what init made with these arguments."
             )
-    return params, batch_stats
+        for name, shape in expected.items():
+            if jnp.shape(held[name]) != shape:
+                raise ValueError(
+                    f"{name} has shape {jnp.shape(held[name])} but x of shape {x.shape} wants {shape}; pass x of the"
+                    " shape that init saw, or init for this one."
+                )
+    return found
 
 
 def check_several(x: jax.Array, axes: tuple[int, ...], across: Across = Across(), remedy: str = "") -> None:  # noqa: B008

@@ -20,6 +20,7 @@ from jaxbn.variants.features import (
 )
 from jaxbn.variants.root_mean_square import root_mean_square_normalize
 
+_NAMES = ("scale", "bias", "threshold", "epsilon")
 _SMALL = jax.nn.initializers.constant(1e-4)
 
 
@@ -87,10 +88,10 @@ def filter_response_norm(
     def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
         del rng
         x = inexact(x)
-        names = "scale", "bias", "threshold", "epsilon"
-        shapes = dict.fromkeys(names, feature_shape(x, feature_axis))
-        params, batch_stats = checked(variables, x, train, **shapes)
-        scale, bias, threshold, learnt = (along(params.get(name), x.ndim, feature_axis) for name in names)
+        shape = feature_shape(x, feature_axis)
+        shapes = affine.shapes(shape) | ({"threshold": shape} if use_threshold else {})
+        params, batch_stats = checked(variables, x, train, shapes | ({"epsilon": shape} if learn_epsilon else {}), {})
+        scale, bias, threshold, learnt = (along(params.get(name), x.ndim, feature_axis) for name in _NAMES)
         features = canonical_axes(feature_axis, x.ndim, "feature_axis")
         batch = canonical_axes(batch_axis, x.ndim, "batch_axis")
         axes = reduced_axes(x.ndim, features + batch, "batch_axis, feature_axis")

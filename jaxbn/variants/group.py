@@ -81,7 +81,7 @@ def group_norm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, scale=shape, bias=shape)
+        params, batch_stats = checked(variables, x, train, affine.shapes(shape), {})
         (channels,) = canonical_axes(feature_axis, x.ndim, "feature_axis")
         parts = _split(x, channels, _groups(x))
         weights = combined_weights(x, where, weights)

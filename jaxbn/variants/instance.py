@@ -69,7 +69,7 @@ def instance_norm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, scale=shape, bias=shape)
+        params, batch_stats = checked(variables, x, train, affine.shapes(shape), {})
         axes = reduced_axes(x.ndim, _kept(x.ndim))
         check_several(x, axes, shared_axes(axis_name, None))
         scale, bias = (_with_batch(params.get(name), x.ndim) for name in ("scale", "bias"))

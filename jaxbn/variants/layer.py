@@ -72,7 +72,7 @@ def layer_norm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, scale=shape, bias=shape)
+        params, batch_stats = checked(variables, x, train, affine.shapes(shape), {})
         axes = canonical_axes(axis, x.ndim)
         check_several(x, axes, shared_axes(axis_name, None))
         batch = dict(where=where, weights=weights, axis_name=axis_name)

@@ -75,7 +75,7 @@ def mean_only_batch_norm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, mean=shape, bias=shape)
+        params, batch_stats = checked(variables, x, train, affine.shapes(shape), {"mean": shape})
         axes = reduced_axes(x.ndim, feature_axis)
         if train:
             check_several(x, axes, across, "Train on more examples, or use train=False.")

@@ -110,8 +110,8 @@ def batch_renorm(
     def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None, step=None):
         del rng
         x = inexact(x)
-        names = ("mean", "var", "weight", "scale", "bias")
-        params, batch_stats = checked(variables, x, train, **dict.fromkeys(names, feature_shape(x, feature_axis)))
+        shape = feature_shape(x, feature_axis)
+        params, batch_stats = checked(variables, x, train, affine.shapes(shape), _kept(shape))
         axes = reduced_axes(x.ndim, feature_axis)
         scale, bias = params.get("scale"), params.get("bias")
         if not train:
@@ -130,6 +130,9 @@ def batch_renorm(
         gain, shift = (jnp.expand_dims(v, axes) for v in (gain, shift))
         y = scale_shift(xhat, gain, shift, residual, activation, jnp.dtype(dtype or x.dtype))
         return y, _update(batch_stats, moments)
+
+    def _kept(shape):
+        return dict.fromkeys(("mean", "var") if decay is not None else ("mean", "var", "weight"), shape) | {"step": ()}
 
     def _limits(step):
         r, d = (limit(step) if callable(limit) else limit for limit in (r_max, d_max))

@@ -79,7 +79,8 @@ def rms_norm(
     def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
         del rng
         x = inexact(x)
-        params, batch_stats = checked(variables, x, train, scale=feature_shape(x, feature_axis))
+        shapes = affine.shapes(feature_shape(x, feature_axis))
+        params, batch_stats = checked(variables, x, train, shapes, {})
         weights = combined_weights(x, where, weights)
         axes = canonical_axes(axis, x.ndim)
         xhat = root_mean_square_normalize(x, jnp.asarray(epsilon), weights, axes, shared_axes(axis_name, None))

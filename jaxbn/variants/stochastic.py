@@ -89,19 +89,21 @@ def stochastic_batch_norm(
     def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        shapes = dict.fromkeys(("mean", "var", "weight", "scale", "bias"), shape)
-        shapes |= dict.fromkeys(("mean_bank", "var_bank"), (bank_size, *shape))
-        params, batch_stats = checked(variables, x, train, **shapes)
+        params, batch_stats = checked(variables, x, train, affine.shapes(shape), _kept(shape))
         axes = reduced_axes(x.ndim, feature_axis)
-        affine = params.get("scale"), params.get("bias")
+        scale, bias = params.get("scale"), params.get("bias")
         out = dict(epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
         if not train:
             mean, var = running_moments(batch_stats) if rng is None else _draw(batch_stats, rng, bank_size)
-            return normalize(x, mean, var, *affine, axis=axes, **out), batch_stats
+            return normalize(x, mean, var, scale, bias, axis=axes, **out), batch_stats
         check_several(x, axes, across, "Train on more examples, or use train=False.")
         sharing = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
-        y, moments = batch_normalize(x, *affine, axis=axes, where=where, weights=weights, **sharing, **out)
+        y, moments = batch_normalize(x, scale, bias, axis=axes, where=where, weights=weights, **sharing, **out)
         return y, _record(batch_stats, lax.stop_gradient(moments), decay, bank_size)
+
+    def _kept(shape):
+        running = dict.fromkeys(("mean", "var") if decay is not None else ("mean", "var", "weight"), shape)
+        return running | dict.fromkeys(("mean_bank", "var_bank"), (bank_size, *shape)) | {"step": ()}
 
     return Normalizer(init, apply)
 

@@ -91,8 +91,9 @@ def virtual_batch_norm(
     def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
         del rng
         x = inexact(x)
-        names = ("mean", "var", "count", "scale", "bias")
-        params, batch_stats = checked(variables, x, train, **dict.fromkeys(names, feature_shape(x, feature_axis)))
+        shape = feature_shape(x, feature_axis)
+        kept = dict.fromkeys(("mean", "var", "count"), shape)
+        params, batch_stats = checked(variables, x, train, affine.shapes(shape), kept)
         if 0 not in reduced_axes(x.ndim, feature_axis):
             raise ValueError(f"feature_axis={feature_axis} is the first axis of x, {x.shape}: that is the examples'.")
         weights = combined_weights(x, where, weights)

@@ -100,8 +100,8 @@ def whitening_norm(
         if jnp.iscomplexobj(x):
             raise TypeError(f"x has dtype {x.dtype}; whitening takes real arrays.")
         shape, (groups, size) = feature_shape(x, feature_axis), _groups(x)
-        shapes = dict(scale=shape, bias=shape, mean=shape, whitening=(groups, size, size))
-        params, batch_stats = checked(variables, x, train, **shapes)
+        kept = dict(mean=shape, whitening=(groups, size, size))
+        params, batch_stats = checked(variables, x, train, affine.shapes(shape), kept)
         if train:
             check_several(x, reduced_axes(x.ndim, feature_axis), across, "Train on more examples, or use train=False.")
             c, whitening, batch_stats = _measured(batch_stats, x, combined_weights(x, where, weights))
