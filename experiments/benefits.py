@@ -363,7 +363,8 @@ def test_time_table(rows: list[dict]) -> Table:
 def draw(settings: dict, rows: list[dict], directory: Path) -> list[plots.Picture]:
     """Test accuracy along training in every cell."""
     cells = Cells(rows)
-    drawn, axes = plots.figure("How well does an MLP learn digits, with and without batch norm?", 4, 3, size=(3.6, 2.3))
+    title = "How well does an MLP learn digits, with and without batch norm?"
+    drawn, axes = plots.figure(title, len(PUBLISHED), len(RATES), size=(3.6, 2.2))
     for line, (activation, deviation) in zip(axes, PUBLISHED, strict=True):
         for ax, rate in zip(line, RATES, strict=True):
             for arm in ARMS:
@@ -371,13 +372,14 @@ def draw(settings: dict, rows: list[dict], directory: Path) -> list[plots.Pictur
                 plots.band(ax, cells.steps, found, label=arm, color=plots.COLORS[arm])
             ax.set(xscale="log", ylim=(0, 1.02))
             ax.set_title(f"{activation}, weights' std {deviation:g}, rate {rate:g}", fontsize=9)
+            ax.label_outer()
         line[0].set_ylabel("test accuracy")
     for ax in axes[-1]:
         ax.set_xlabel("training step (log scale)")
-    axes[0, 0].legend(loc="lower right", fontsize=8, frameon=False)
+    axes[0, 1].legend(loc="center right", fontsize=9, frameon=False)
     caption = (
-        f"Test accuracy along training; line: mean of {settings['seeds']} seeds, band: their range"
-        f" ({settings['data']})."
+        f"Test accuracy along training in the 12 pairs of cells. Line: mean of {settings['seeds']} seeds, band: their"
+        f" range; {settings['data']}."
     )
     drawn.supxlabel(caption, fontsize=9)
     return [plots.save(drawn, directory, "accuracy.png", caption)]

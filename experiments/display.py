@@ -30,11 +30,12 @@ def progress(console: Console) -> Iterator[Track]:
 
         def track(label: str, done: int, total: int) -> None:
             if label not in bars:
-                bars[label] = shown.add_task(label, total=total, start=False, rate="")
-            if done and not shown.tasks[bars[label]].started:
-                shown.start_task(bars[label])
-            speed = shown.tasks[bars[label]].speed
-            shown.update(bars[label], completed=done, total=total, rate=f"{speed:.2f}/s" if speed else "")
+                bars[label] = shown.add_task(label, total=total, completed=done, start=False, rate="")
+                return
+            bar = shown.tasks[bars[label]]
+            if not bar.started or bar.total != total:  # work begins, perhaps in the middle: what is done has no speed
+                shown.reset(bar.id, total=total, completed=done)
+            shown.update(bar.id, completed=done, rate=f"{bar.speed:.1f}/s" if bar.speed else "")
 
         yield track
 

@@ -264,14 +264,14 @@ def _train_part(record, stage, programs, schedule, part, arrays, track, done) ->
     else:
         states = programs.start(part.stacked, arrays)
     for number in range(done, intervals):
-        track(stage, part.number * intervals + number, part.of * intervals)
+        track(stage, part.number * schedule.steps + number * schedule.interval, part.of * schedule.steps)
         states, loss = programs.advance(states, part.stacked, arrays, number * schedule.interval)
         metrics = {"loss": loss, "accuracy": programs.evaluate(states, arrays)}
         row = {"stage": stage, "first": part.number * size, "step": (number + 1) * schedule.interval}
         record.append([row | {name: np.asarray(values)[: len(part.runs)] for name, values in metrics.items()}])
         if checkpoint.is_due(record):
             checkpoint.save(record, stage, part.number, number + 1, states)
-    track(stage, (part.number + 1) * intervals, part.of * intervals)
+    track(stage, (part.number + 1) * schedule.steps, part.of * schedule.steps)
     return states
 
 

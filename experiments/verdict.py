@@ -80,7 +80,9 @@ def verdict(
 
 def effect_in_words(found: Verdict) -> str:
     """The effect, its interval and the number of values behind it."""
+    known = math.isfinite(found.low) and math.isfinite(found.high)
+    interval_in_words = f"95% interval {found.low:.3g} to {found.high:.3g}" if known else "no interval"
     return (
-        f"Effect: {found.effect:.3g} {found.unit}, 95% interval {found.low:.3g} to {found.high:.3g},"
-        f" n = {found.count}; supported above {found.threshold:g}."
+        f"Effect: {found.effect:.3g} {found.unit}, {interval_in_words}, n = {found.count};"
+        f" supported above {found.threshold:g}."
     )
