@@ -1,6 +1,5 @@
 """Batch normalization, assembled: measure, normalize, update."""
 
-import math
 import numbers
 from collections.abc import Callable, Hashable, Sequence
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from jaxbn import pooling
 from jaxbn.moments import Across, Measured, canonical_axes, inexact, pool_moments, shared_axes, size_of
-from jaxbn.normalize import Activation, normalize, normalize_by_batch
+from jaxbn.normalize import Activation, checked_epsilon, normalize, normalize_by_batch
 from jaxbn.normalizer import Normalizer
 from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
 
@@ -216,8 +215,7 @@ def _checked(variables, x, feature_axis, train, learned):
 def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups):
     if isinstance(decay, numbers.Real) and not 0 <= decay <= 1:
         raise ValueError(f"decay={decay}; expected 0 to 1, the share of the old statistics (1 - torch's momentum).")
-    if not (epsilon >= 0 and math.isfinite(epsilon)):
-        raise ValueError(f"epsilon={epsilon}; expected a finite number of at least 0, such as 1e-5.")
+    checked_epsilon(epsilon)
     if debias and decay is None:
         raise ValueError("debias=True with decay=None: a plain average of all batches has no bias; leave debias out.")
     if group_size is not None and group_size < 1:

@@ -1,5 +1,6 @@
 """Standardize, scale and shift: with given statistics, or with the array's own and gradients through them."""
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -65,9 +66,11 @@ def normalize(
     for name, value in (("mean", mean), ("var", var), ("scale", scale), ("bias", bias)):
         _check_features(name, value, x, axes)
     _check_residual(residual, x)
-    spec = _Spec(axes, Across(), float(epsilon), activation, jnp.dtype(dtype or x.dtype))
+    spec = _Spec(axes, Across(), checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
     measured = Measured(jnp.zeros(()), mean, jnp.zeros_like(mean), var)
-    return jax.checkpoint(_affine, prevent_cse=False, static_argnums=(5,))(x, measured, scale, bias, residual, spec)
+    return jax.checkpoint(_affine, prevent_cse=False, static_argnums=(6,))(
+        x, measured, scale, bias, residual, None, spec
+    )
 
 
 def batch_normalize(
@@ -88,9 +91,10 @@ def batch_normalize(
     """Normalize x by its own mean and variance over `axis`; gradients flow through both.
 
     y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual), every place of x included, those that
-    `where` leaves out too. All derivative modes and orders work. The backward pass keeps x, `residual` and vectors of
-    the features' shape, recomputes the rest, and takes two sums and one pass over x, with one collective. The
-    transform is that of Ioffe and Szegedy (2015, algorithm 1).
+    `where` leaves out too (as if at the mean where such a place holds no finite number). All derivative modes and
+    orders work. The backward pass keeps x, `residual` and vectors of the features' shape, recomputes the rest, and
+    takes two sums and one pass over x, with one collective. The transform is that of Ioffe and Szegedy (2015,
+    algorithm 1).
 
     Args:
       x: floating or complex array of any shape; float16 and bfloat16 are computed in float32.
@@ -127,7 +131,7 @@ def normalize_by_batch(
     _check_features("scale", scale, x, axes)
     _check_features("bias", bias, x, axes)
     _check_residual(residual, x)
-    spec = _Spec(axes, across, float(epsilon), activation, jnp.dtype(dtype or x.dtype))
+    spec = _Spec(axes, across, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
     return _standardize(x, scale, bias, residual, combined_weights(x, where, weights), spec)
 
 
@@ -141,13 +145,21 @@ class _Spec(NamedTuple):
     dtype: jnp.dtype
 
 
-def _affine(x, measured, scale, bias, residual, spec):
+def _affine(x, measured, scale, bias, residual, weights, spec):
     """The output, from given statistics; one pass over x."""
     measured = spec.across.own(measured)
     gain = lax.rsqrt(measured.var + spec.epsilon)
     gain = gain if scale is None else scale * gain
-    y = centered(x, measured, spec.axes) * jnp.expand_dims(gain, spec.axes)
+    y = _deviations(x, measured, weights, spec.axes) * jnp.expand_dims(gain, spec.axes)
     return _finish(y, bias, residual, spec).astype(spec.dtype)
+
+
+def _deviations(x, measured, weights, axes):
+    c = centered(x, measured, axes)
+    if weights is None:
+        return c
+    # Padding may hold anything, and a NaN in y would come back in every gradient: times a cotangent of 0 it is NaN.
+    return jnp.where((weights == 0) & ~jnp.isfinite(c), 0, c)
 
 
 def _finish(y, bias, residual, spec):
@@ -159,7 +171,7 @@ def _finish(y, bias, residual, spec):
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _standardize(x, scale, bias, residual, weights, spec):
     measured = measure_groups(x, weights, spec.axes, spec.across)
-    return _affine(x, measured, scale, bias, residual, spec), measured
+    return _affine(x, measured, scale, bias, residual, weights, spec), measured
 
 
 @_standardize.defjvp
@@ -180,7 +192,7 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
     axes, own, row = spec.axes, spec.across.own, spec.across.row
     rstd = lax.rsqrt(measured.var + spec.epsilon)
     gain = rstd if scale is None else row(scale) * rstd
-    xhat = centered(x, own(measured), axes) * jnp.expand_dims(own(rstd), axes)
+    xhat = _deviations(x, own(measured), weights, axes) * jnp.expand_dims(own(rstd), axes)
     mean_dx, mean_xhat_dx = tangent_means(wide(dx), xhat, weights, measured.count, axes, spec.across)
     means = _varying_together(
         (mean_dx, mean_xhat_dx), spec.across, *(v for v in (gain, dbias, dscale) if v is not None)
@@ -215,6 +227,13 @@ def varying_axes(x: jax.Array) -> frozenset:
     """Names of the mesh axes over which x differs inside shard_map; the attribute was called vma up to jax 0.10.1."""
     aval = jax.typeof(x)
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
+def checked_epsilon(epsilon: float) -> float:
+    """Epsilon as a float; ValueError unless finite and not negative."""
+    if not (epsilon >= 0 and math.isfinite(epsilon)):
+        raise ValueError(f"epsilon={epsilon}; expected a finite number of at least 0, such as 1e-5.")
+    return float(epsilon)
 
 
 def _check_features(name, value, x, axes):

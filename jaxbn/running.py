@@ -64,21 +64,20 @@ def update_batch_stats(
     Raises:
       ValueError: "weight" is missing where decay=None or debias needs it.
     """
-    moments = lax.stop_gradient(moments)
+    old, moments = lax.stop_gradient((batch_stats, moments))
     counted = decay is None or debias
-    if counted and "weight" not in batch_stats:
+    if counted and "weight" not in old:
         raise ValueError(
-            f"batch_stats has {sorted(batch_stats)}; decay=None and debias=True need 'weight' too: make batch_stats"
+            f"batch_stats has {sorted(old)}; decay=None and debias=True need 'weight' too: make batch_stats"
             " with the same decay and debias."
         )
     batch = {"mean": moments.mean, "var": _unbiased(moments) if unbiased else moments.var}
     if counted:
-        batch["weight"] = jnp.ones_like(batch_stats["weight"])
+        batch["weight"] = jnp.ones_like(old["weight"])
     accept = moments.count > 0
     if skip_nonfinite:
         accept &= jnp.all(jnp.isfinite(moments.mean)) & jnp.all(jnp.isfinite(moments.var))
-    moved = _cumulative(batch_stats, batch) if decay is None else _exponential(batch_stats, batch, decay)
-    old = lax.stop_gradient(batch_stats)
+    moved = _cumulative(old, batch) if decay is None else _exponential(old, batch, decay)
     return {name: jnp.where(accept, moved[name].astype(old[name].dtype), old[name]) for name in old}
 
 

@@ -8,7 +8,7 @@ import pytest
 from hard_inputs import FEATURES, HARD_INPUTS, ROWS, cotangent
 from oracle import BOUND, assert_exact, reference
 
-from jaxbn import batch_norm, identity
+from jaxbn import batch_norm, batch_normalize, identity
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
@@ -181,3 +181,19 @@ def test_identity_gives_its_input_back_and_has_nothing_to_learn():
         y, stats = norm.apply(variables, x, train=mode)
         np.testing.assert_array_equal(y, x)
         assert stats == {}
+
+
+@pytest.mark.parametrize("activation", [None, jax.nn.gelu])
+def test_not_a_number_in_the_padding_stays_out_of_every_gradient(activation):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+    mask = jnp.asarray([True] * 4 + [False] * 2)[:, None]
+
+    def loss(x, scale, bias):
+        how = dict(axis=0, epsilon=1e-5, activation=activation, where=mask)
+        y, _ = batch_normalize(x, scale, bias, **how)
+        return jnp.sum(jnp.where(mask, jnp.sin(y), 0))
+
+    gradients = jax.grad(loss, (0, 1, 2))
+    clean = gradients(x, jnp.ones(3), jnp.zeros(3))
+    padded = gradients(jnp.where(mask, x, jnp.nan), jnp.ones(3), jnp.zeros(3))
+    jax.tree.map(np.testing.assert_array_equal, padded, clean)
