@@ -58,6 +58,54 @@ def run(
 
 
 @app.command
+def train(
+    name: Annotated[str, tyro.conf.Positional],
+    data: str = "mnist5k",
+    seed: int = 0,
+    steps: int = 800,
+    interval: int = 20,
+    batch: int = 64,
+    microbatches: int = 1,
+    group_size: int | None = None,
+    spread: str = "shard_map",
+    save_every: int = 100,
+    devices: int | None = None,
+    coordinator: str | None = None,
+    process: int | None = None,
+    processes: int | None = None,
+    heartbeat_seconds: int = 30,
+    out: str | None = None,
+) -> None:
+    """Train one network over devices and processes, or continue.
+
+    Args:
+        name: the network: benefits, deep_conv or resnet20.
+        data: the data set, as for `run`.
+        seed: of weights and batches.
+        steps: in all.
+        interval: steps a dispatch, after which metrics are written.
+        batch: examples a step, over all processes.
+        microbatches: parts into which a device's examples are cut, one after the other in memory.
+        group_size: examples that share statistics; without it the whole batch does.
+        spread: shard_map or jit.
+        save_every: steps from one checkpoint to the next.
+        devices: CPU devices that each process makes.
+        coordinator: HOST:PORT where several processes meet; or JAX_COORDINATOR_ADDRESS.
+        process: this one's number, from 0; or JAX_PROCESS_ID.
+        processes: how many there are; or JAX_NUM_PROCESSES.
+        heartbeat_seconds: after which a frozen process is given up.
+        out: the directory for the results, which all processes can reach; runs/train-NAME if not given.
+    """
+    from experiments import distributed
+    from experiments.processes import cluster_of
+
+    settings = distributed.Settings(name, data, seed, steps, interval, batch, microbatches, group_size)
+    cluster = cluster_of(coordinator, process, processes, heartbeat_seconds)
+    options = {"devices": devices, "spread": spread, "save_every": save_every}
+    distributed.train(settings, Path(out or f"runs/train-{name}"), cluster, **options)
+
+
+@app.command
 def report() -> None:
     """Build experiments/results/REPORT.md from the committed results."""
     from experiments.report import write_report
@@ -66,12 +114,18 @@ def report() -> None:
 
 
 @app.command
-def bench(name: Annotated[str, tyro.conf.Positional] = "") -> None:
+def bench(name: Annotated[str, tyro.conf.Positional] = "", aot: str | None = None) -> None:
     """Run a benchmark, or list them.
 
     Args:
         name: the benchmark; without one they are listed.
+        aot: a TPU topology, such as v5e:16x16: compile a ResNet-50 step for it and count what it costs, without a TPU.
     """
+    if aot is not None:
+        from experiments.aot import main as compile_ahead
+
+        compile_ahead(aot)
+        return
     if not name:
         for known, entry in registry.BENCHMARKS.items():
             print(f"{known}: {entry.claim}")

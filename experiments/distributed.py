@@ -1,0 +1,246 @@
+"""Data-parallel training of a network over devices and processes, with checkpoints from which it resumes bit for bit.
+
+    python -m experiments train deep_conv --devices 8
+
+trains on 8 devices forced out of one CPU. Two processes that each read half of every batch, one command each:
+
+    python -m experiments train deep_conv --coordinator localhost:9876 --processes 2 --process 0
+    python -m experiments train deep_conv --coordinator localhost:9876 --processes 2 --process 1
+
+The directory for the results is shared by all processes. Running the same command again continues where the newest
+whole checkpoint is, on as many devices and processes as there are then. SIGTERM to any process makes all save and end.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh
+
+import jaxbn
+from experiments import data, loop, models, processes, snapshots
+from experiments.errors import UserError
+from experiments.models import Network
+from experiments.record import write_json
+from experiments.resnet import patch_convolve, small_resnet
+from jaxbn import training
+
+BENEFITS_WIDTHS = (100, 100, 100)
+DEEP_CONV_DEPTH = 19
+
+
+class Recipe(NamedTuple):
+    """A network and how it is trained."""
+
+    network: Callable[[jaxbn.Normalizer], Network]
+    optimizer: optax.GradientTransformation
+
+
+RECIPES = {
+    "benefits": Recipe(
+        lambda norm: models.mlp(
+            BENEFITS_WIDTHS, norm, use_bias=False, activation=jax.nn.relu, weights=models.normal_weights(0.05)
+        ),
+        optax.sgd(1.0),
+    ),
+    "deep_conv": Recipe(lambda norm: models.deep_conv(DEEP_CONV_DEPTH, norm, use_bias=False), optax.adam(0.002)),
+    # Steps are scanned, where XLA's convolutions are slow on a CPU.
+    "resnet20": Recipe(lambda norm: small_resnet(20, norm, convolve=patch_convolve), optax.sgd(0.1, momentum=0.9)),
+}
+
+
+class Settings(NamedTuple):
+    """What determines the result; a run is continued only with the same."""
+
+    name: str
+    data: str = "mnist5k"
+    seed: int = 0
+    steps: int = 800
+    interval: int = 20  # steps a dispatch, after which metrics are written
+    batch: int = 64  # examples a step, all processes together
+    microbatches: int = 1
+    group_size: int | None = None  # examples that share statistics; None is the whole batch
+
+
+def train(
+    settings: Settings,
+    directory: Path,
+    cluster: processes.Cluster,
+    *,
+    devices: int | None = None,
+    spread: str = "shard_map",
+    save_every: int = 100,
+) -> dict:
+    """Train, or continue; the summary, with a digest of what this process holds at the end.
+
+    Args:
+      settings: what to train.
+      directory: for config.json, metrics.jsonl, summary.json and checkpoints/, which all processes can reach.
+      cluster: the processes.
+      devices: how many CPU devices each process makes; None leaves JAX its default.
+      spread: "shard_map" or "jit".
+      save_every: steps from one checkpoint to the next, rounded up to whole intervals.
+    """
+    _check(settings, spread)
+    processes.join(cluster, devices)
+    terminator = processes.Terminator()
+    where = _Where(directory, directory / "checkpoints")
+    try:
+        return _train(settings, where, spread, save_every, terminator)
+    except jax.errors.JaxRuntimeError as error:
+        if cluster.count == 1:
+            raise
+        processes.give_up(error, f"what is done is saved in {where.checkpoints}")
+        raise
+
+
+class _Where(NamedTuple):
+    directory: Path
+    checkpoints: Path
+
+    @property
+    def metrics(self):
+        return self.directory / "metrics.jsonl"
+
+
+def _train(settings, where, spread, save_every, terminator) -> dict:
+    mesh = Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
+    dataset = data.load(settings.data)
+    network, step = _compiled(settings, mesh, spread)
+    state = training.replicate(_start(settings, network, dataset), mesh)
+    _open(settings, where)
+    done = snapshots.newest(where.checkpoints, _say)
+    if done:
+        state = snapshots.restore(where.checkpoints, done, state)
+        _say(f"continuing from step {done}")
+    done = saved = done or 0
+    _cut_metrics(where, done)
+    began, first = time.monotonic(), done
+    key = jax.random.key(settings.seed)
+    for batch in _batches(settings, dataset, done):
+        state, metrics = step(state, training.spread(batch, mesh, scan=True), key)
+        done += settings.interval
+        metrics = jax.device_get(metrics)  # waits, so that a lost process shows here
+        rate = (done - first) / (time.monotonic() - began)
+        _write_metrics(where, done, metrics)
+        _say(f"step {done} of {settings.steps}: loss {metrics['loss'].mean():.4f}, {rate:.1f} steps/s")
+        stop = terminator.requested()
+        if stop or done >= settings.steps or done - saved >= save_every:
+            snapshots.save(where.checkpoints, done, state)
+            saved = done
+        if stop and done < settings.steps:
+            _say(f"terminated: saved step {done}; the same command continues from there")
+            raise SystemExit(processes.TERMINATED)
+    return _conclude(settings, where, network, dataset, state)
+
+
+def _compiled(settings, mesh, spread) -> tuple[Network, training.Step]:
+    recipe = RECIPES[settings.name]
+    axis_name = "data" if spread == "shard_map" else None
+    norm = jaxbn.batch_norm(decay=0.99, epsilon=1e-3, axis_name=axis_name, group_size=settings.group_size)
+    network = recipe.network(norm)
+
+    def loss(variables: dict, batch: dict, rng: jax.Array) -> training.Outcome:
+        del rng
+        logits, batch_stats = network.apply(variables, data.pixels(batch["image"]), train=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        hits = jnp.argmax(logits, axis=-1) == batch["label"]
+        return training.Outcome(jnp.sum(losses), losses.size, batch_stats, {"accuracy": jnp.sum(hits * 1.0)})
+
+    build = training.shard_map_step if spread == "shard_map" else training.jit_step
+    step = build(loss, recipe.optimizer, mesh=mesh, microbatches=settings.microbatches, scan=True)
+    return network, step
+
+
+def _start(settings, network, dataset) -> training.TrainState:
+    """The state before the first step; computed in each process alone, on one device, so that all have the same."""
+    images = data.pixels(dataset.train_images[:2].astype(np.float32))
+    variables = jax.jit(network.init)(jax.random.key(settings.seed), jnp.asarray(images))
+    return training.init_state(variables, RECIPES[settings.name].optimizer)
+
+
+def _batches(settings, dataset, done) -> Iterator[dict]:
+    """This process's part of every dispatch, leaves [interval, examples, ...]; it reads no other examples."""
+    size = settings.batch // jax.process_count()
+    own = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
+    for first in range(done, settings.steps, settings.interval):
+        rows = loop.batch_indices(settings.seed, first, settings.interval, settings.batch, len(dataset.train_labels))
+        rows = np.asarray(rows)[:, own]
+        yield {"image": dataset.train_images[rows], "label": dataset.train_labels[rows]}
+
+
+def _conclude(settings, where, network, dataset, state) -> dict:
+    variables = jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data), state.variables)
+    summary = {**settings._asdict(), "sha256": digest(state), "devices": jax.device_count()}
+    if jax.process_index() == 0:
+        images, labels = (jnp.asarray(v) for v in (dataset.test_images, dataset.test_labels))
+        accuracy = jax.jit(lambda *arguments: loop.accuracy(network.apply, *arguments))
+        summary["accuracy"] = float(accuracy(variables, images, labels))
+        write_json(where.directory / "summary.json", summary)
+    print(
+        f"process {jax.process_index()} of {jax.process_count()}: step {settings.steps}, sha256 {summary['sha256']}",
+        flush=True,
+    )
+    return summary
+
+
+def digest(state: training.TrainState) -> str:
+    """SHA-256 of everything in the state, as the first device of this process holds it."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(state):
+        found.update(np.asarray(leaf.addressable_shards[0].data).tobytes())
+    return found.hexdigest()
+
+
+def _check(settings, spread):
+    if settings.name not in RECIPES:
+        raise UserError(f"there is no network {settings.name!r}; choose one of: {', '.join(RECIPES)}")
+    if spread not in ("shard_map", "jit"):
+        raise UserError(f"--spread {spread!r}; choose shard_map or jit")
+    if settings.steps % settings.interval:
+        raise UserError(f"{settings.steps} steps are no multiple of the interval of {settings.interval}")
+
+
+def _open(settings, where):
+    """Write config.json, or hold it against the settings; UserError if the directory holds another run."""
+    path, wanted = where.directory / "config.json", json.loads(json.dumps(settings._asdict()))
+    shards = jax.device_count() * settings.microbatches
+    if settings.batch % shards:
+        raise UserError(
+            f"a batch of {settings.batch} does not divide into {jax.device_count()} devices with"
+            f" {settings.microbatches} microbatches each: pass --batch with a multiple of {shards}"
+        )
+    if path.exists() and json.loads(path.read_text()) != wanted:
+        raise UserError(f"{where.directory} holds another run ({path.read_text()}): choose another --out")
+    if jax.process_index() == 0:
+        where.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
+
+
+def _write_metrics(where, done, metrics):
+    if jax.process_index():
+        return
+    row = {"step": done, **{name: float(np.mean(values)) for name, values in metrics.items()}}
+    with where.metrics.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _cut_metrics(where, done):
+    """Drop the rows of steps that are going to be done again."""
+    if jax.process_index() or not where.metrics.exists():
+        return
+    rows = [line for line in where.metrics.read_text().splitlines() if line.endswith("}")]
+    kept = [line for line in rows if json.loads(line)["step"] <= done]
+    where.metrics.write_text("".join(line + "\n" for line in kept))
+
+
+def _say(line):
+    if jax.process_index() == 0:
+        print(line, flush=True)
