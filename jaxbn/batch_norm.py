@@ -11,6 +11,7 @@ from jaxbn import pooling
 from jaxbn.moments import Across, Measured, canonical_axes, inexact, pool_moments, shared_axes, size_of
 from jaxbn.normalize import Activation, checked_epsilon, normalize, normalize_by_batch
 from jaxbn.normalizer import Normalizer
+from jaxbn.recording import recordable
 from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
 
 Initializer = Callable[..., jax.Array]
@@ -123,7 +124,8 @@ def batch_norm(
         rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
         return y, pooling.move(held, measured, lambda *old_and_moments: update_batch_stats(*old_and_moments, **rule))
 
-    return Normalizer(init, apply)
+    everyone = (*_names(axis_name), *_names(pool_axis_name))
+    return recordable(Normalizer(init, apply), feature_axis=feature_axis, axis_name=everyone)
 
 
 def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
