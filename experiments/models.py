@@ -52,16 +52,21 @@ class Layer(NamedTuple):
 
     kernel_shape: Callable[[Shape], Shape]  # of the input's shape, [batch, ...]
     apply: Callable  # apply(weights, x) -> y
+    features: int
     use_bias: bool
 
 
 def dense(features: int, *, use_bias: bool) -> Layer:
-    """`y = flatten(x) kernel + bias`; x: [batch, ...], y: [batch, features]."""
+    """`y = flatten(x) kernel^T + bias`; x: [batch, ...], kernel: [features, inputs], y: [batch, features].
+
+    The kernel lies as torch has it: the gradients of several networks on one batch then come out of one product in the
+    layout in which they are subtracted, which saves a tenth of a step on a CPU.
+    """
 
     def apply(weights: dict, x: Array) -> Array:
-        return _add_bias(weights, x.reshape(len(x), -1) @ weights["kernel"])
+        return _add_bias(weights, x.reshape(len(x), -1) @ weights["kernel"].T)
 
-    return Layer(lambda shape: (math.prod(shape[1:]), features), apply, use_bias)
+    return Layer(lambda shape: (features, math.prod(shape[1:])), apply, features, use_bias)
 
 
 def conv3x3(features: int, *, stride: int, use_bias: bool) -> Layer:
@@ -71,7 +76,7 @@ def conv3x3(features: int, *, stride: int, use_bias: bool) -> Layer:
         kernel = weights["kernel"]
         return _add_bias(weights, patches3x3(x, stride) @ kernel.reshape(-1, kernel.shape[-1]))
 
-    return Layer(lambda shape: (3, 3, shape[-1], features), apply, use_bias)
+    return Layer(lambda shape: (3, 3, shape[-1], features), apply, features, use_bias)
 
 
 def patches3x3(x: Array, stride: int) -> Array:
@@ -111,7 +116,7 @@ def stack(
         shapes, outputs = trace_shapes([*layers, head], x)
         kernels = cut(weights, key, shapes)
         params = [
-            {"layer": {"kernel": kernel, **({"bias": jnp.zeros(kernel.shape[-1])} if layer.use_bias else {})}}
+            {"layer": {"kernel": kernel, **({"bias": jnp.zeros(layer.features)} if layer.use_bias else {})}}
             for layer, kernel in zip([*layers, head], kernels, strict=True)
         ]
         of_norm = [norm.init(key, output) for output in outputs[:-1]]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from experiments.errors import UserError
 
-SIGNIFICANT_DIGITS = 7  # of a float in metrics.jsonl; float32 carries 7.2
+SIGNIFICANT_DIGITS = 6  # of a float in metrics.jsonl: what float32 always carries
 
 
 class Record:
@@ -138,7 +138,7 @@ def _cut_back(record: Record) -> None:
 
 
 def compact(value: object) -> object:
-    """A JSON-able copy: floats to 7 significant digits, numbers that are not finite as null."""
+    """A JSON-able copy: floats to 6 significant digits, numbers that are not finite as null."""
     if isinstance(value, dict):
         return {key: compact(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -43,7 +43,7 @@ def test_mlp_is_layer_norm_activation():
     network = mlp(jaxbn.identity(), use_bias=True)
     variables = network.init(jax.random.key(0), x)
     kernels = [param["layer"]["kernel"] for param in variables["params"]]
-    expected = np.maximum(np.maximum(x @ kernels[0], 0) @ kernels[1], 0) @ kernels[2]
+    expected = np.maximum(np.maximum(x @ kernels[0].T, 0) @ kernels[1].T, 0) @ kernels[2].T
     # Sums of at most 6 products, in another order than numpy's.
     np.testing.assert_allclose(network.apply(variables, x, train=False)[0], expected, rtol=1e-5, atol=1e-8)
 
@@ -75,4 +75,4 @@ def test_deep_conv_has_nineteen_convolutions_that_end_in_one_pixel():
     variables = jax.eval_shape(network.init, jax.random.key(0), jnp.ones((2, 28, 28, 1)))
     shapes = [param["layer"]["kernel"].shape for param in variables["params"]]
     assert shapes[:2] == [(3, 3, 1, 4), (3, 3, 4, 8)]
-    assert shapes[18:] == [(3, 3, 72, 76), (76, 100), (100, 10)]
+    assert shapes[18:] == [(3, 3, 72, 76), (100, 76), (10, 100)]
