@@ -65,6 +65,9 @@ class Textbook:
 
     # ---- the rest
 
+    def start(self, shape, dtype):
+        return {"mean": jnp.zeros(shape, dtype), "var": jnp.ones(shape, dtype)}
+
     def update(self, stats, batch):
         return {name: self.decay * stats[name] + (1 - self.decay) * batch[name] for name in stats}
 
@@ -92,14 +95,14 @@ def factory(kind):
         def init(key, x):
             del key
             shape, dtype = (x.shape[feature_axis],), jnp.promote_types(x.dtype, jnp.float32)
-            zeros, ones = jnp.zeros(shape, dtype), jnp.ones(shape, dtype)
-            return {"params": {"scale": ones, "bias": zeros}, "batch_stats": {"mean": zeros, "var": ones}}
+            params = {"scale": jnp.ones(shape, dtype), "bias": jnp.zeros(shape, dtype)}
+            return {"params": params, "batch_stats": book.start(shape, dtype)}
 
         def apply(variables, x, *, train, where=None, weights=None):
             params, stats, dtype = variables["params"], variables["batch_stats"], x.dtype
             x = book.widened(x)
             w = jnp.ones_like(x) if where is None else jnp.broadcast_to(where, x.shape).astype(x.dtype)
-            w = w if weights is None else w * weights
+            w = w if weights is None else w * jnp.broadcast_to(weights, x.shape)
             if train:
                 y, stats = book.train(x, w, stats, params)
             else:
@@ -243,6 +246,31 @@ class NoForwardMode(Textbook):
         return super().affine(same(xhat), params)
 
 
+class ForwardModeOff(Textbook):
+    """A rule for forward mode that is not the transpose of the one for reverse mode."""
+
+    def affine(self, xhat, params):
+        @jax.custom_jvp
+        def same(v):
+            return v
+
+        # JAX transposes the linear part: doubling only what is not transposed needs a hand-written transpose.
+        def doubled(dv):
+            return jax.custom_derivatives.linear_call(lambda _, t: 2 * t, lambda _, t: t, (), dv)
+
+        same.defjvp(lambda primals, tangents: (primals[0], doubled(tangents[0])))
+        return super().affine(same(xhat), params)
+
+
+class WeightGradientNotRescaled(Textbook):
+    """The gradient of the input lacks its factor 1 / std."""
+
+    def standardize(self, x, w):
+        xhat, mean, var = super().standardize(x, w)
+        unit = lax.stop_gradient(self.root(var))
+        return unit * xhat + lax.stop_gradient(xhat - unit * xhat), mean, var
+
+
 class ShardGradientAveraged(Textbook):
     """The transpose of the sum over shards taken to be the mean over them."""
 
@@ -330,6 +358,22 @@ class TrainsWithTheRunningVariance(Textbook):
         y, moved = super().train(x, w, stats, params)
         _, mean, _ = self.standardize(x, w)
         return self.affine((x - mean) / self.root(self.shaped(moved["var"], x)), params), moved
+
+
+class TrainsAsItEvaluates(Textbook):
+    """Normalizes by the running statistics in training too, as the predecessors of batch norm did."""
+
+    def train(self, x, w, stats, params):
+        _, moved = super().train(x, w, stats, params)
+        return self.evaluate(x, stats, params, w), moved
+
+
+class StartsFromWeakTypes(Textbook):
+    """Statistics made of Python numbers: what the first step returns has another type for jit, if not for numpy."""
+
+    def start(self, shape, dtype):
+        del dtype
+        return {"mean": jnp.broadcast_to(0.0, shape), "var": jnp.broadcast_to(1.0, shape)}
 
 
 class StatisticsChangeDtype(Textbook):

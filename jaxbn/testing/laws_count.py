@@ -31,7 +31,7 @@ def _some_rows(subject):
 
 
 def _masked(x, kept, left_out):
-    mask = np.zeros(x.shape, bool)
+    mask = np.zeros((len(x), 1), bool)
     mask[kept] = True
     return np.where(mask, x, x + np.float32(left_out)), mask
 
@@ -128,8 +128,7 @@ def empty_mask_keeps_statistics(subject, x, feature):
 def weights_equal_repetition(subject, x, weights):
     weights = np.array(weights)
     repeated = np.repeat(x, weights, axis=0)
-    w = np.broadcast_to(weights[:, None], x.shape).astype(np.float32)
-    y, batch_stats = subject.run(x, weights=w)
+    y, batch_stats = subject.run(x, weights=weights[:, None].astype(np.float32))
     z, expected = subject.run(repeated)
     bound = 2 * subject.output_bound(repeated)
     agree(z, np.repeat(y, weights, axis=0), bound, "y repeated")
@@ -263,9 +262,8 @@ def _uneven(subject):
 )
 def axis_name_with_unequal_masks(subject, x, counts):
     mask = (np.arange(4) < np.array(counts)[:, None]).reshape(8)
-    full = np.broadcast_to(mask[:, None], x.shape)
-    y, batch_stats = subject.shard_run(vmapped, x.reshape(2, 4, -1), full.reshape(2, 4, -1))
-    whole, expected = subject.run(x, where=full)
+    y, batch_stats = subject.shard_run(vmapped, x.reshape(2, 4, -1), mask.reshape(2, 4, 1))
+    whole, expected = subject.run(x, where=mask[:, None])
     kept = x[mask]
     agree(whole[mask], y.reshape(x.shape)[mask], 2 * subject.output_bound(kept), "y of what counts")
     agree_running(subject, expected, jax.tree.map(lambda v: np.asarray(v)[0], batch_stats), [kept])

@@ -31,7 +31,7 @@ def _far(subject):
 
 
 def _far_values(shape):
-    """size (ratio + steps) / ratio: about `size` large, with a standard deviation of a step or two."""
+    """Size (ratio + steps) / ratio: about `size` large, with a standard deviation of a step or two."""
     integers = values(shape, offsets=(0.0,), scales=(1.0,))
     return st.builds(_place, integers, st.sampled_from(RATIOS), st.sampled_from(SIZES))
 

@@ -38,7 +38,7 @@ class Subject:
       scope: which values are normalized together.
       ranks: of the inputs it takes, of 2 and 4.
       lacks: {need: reason} beyond what shows by itself.
-      arguments: further keyword arguments of `apply`.
+      arguments: further keyword arguments of `apply`, or a function of x's shape that gives them.
       compiled: how its functions are made to run: `jax.jit`, or a variant of chex.
     """
 
@@ -55,7 +55,7 @@ class Subject:
     scope: Scope = BATCH
     ranks: tuple[int, ...] = (2, 4)
     lacks: Mapping[str, str] = field(default_factory=dict)
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | Callable[[tuple[int, ...]], Mapping[str, Any]] = field(default_factory=dict)
     compiled: Callable[[Callable], Callable] = jax.jit
 
     # ---- what it can do
@@ -132,17 +132,17 @@ class Subject:
         variables = self.variables(np.shape(x)) if variables is None else variables
         dparams, dx = self._pulls(variables, x, dy, where)
         named = (_named(dparams, names) for names in (_SCALE_NAMES, _BIAS_NAMES))
-        return as_float64(dx), *(None if v is None else as_float64(v[1]).reshape(-1) for v in named)
+        # One row where features are all there is; where there are more, as one for each class, their sum.
+        rows = (None if v is None else as_float64(v[1]).reshape(-1, np.shape(x)[-1]) for v in named)
+        return as_float64(dx), *(None if v is None else v.sum(0) for v in rows)
 
     def call(self, variables, x, *, train=True, where=None, weights=None, norm=None, features_first=False):
         """Apply, as a traceable function of [batch, ..., features] -> (y, batch_stats)."""
         extra = {k: v for k, v in (("where", where), ("weights", weights)) if v is not None}
         axis = 1 if features_first else self.feature_axis
         moved = {k: jnp.moveaxis(v, -1, axis) for k, v in extra.items()}
-        if "rng" in self.parameters:
-            moved["rng"] = jax.random.key(1)
         norm = self.norm if norm is None else norm
-        moved = {**moved, **self.arguments}
+        moved |= self.arguments(x.shape) if callable(self.arguments) else self.arguments
         y, batch_stats = norm.apply(variables, jnp.moveaxis(x, -1, axis), train=train, **moved)
         return jnp.moveaxis(y, axis, -1), batch_stats
 
@@ -263,5 +263,5 @@ def _set(params, names, value):
     if found is None:
         return params
     path, leaf = found
-    value = jnp.broadcast_to(jnp.asarray(value, leaf.dtype), (leaf.size,)).reshape(leaf.shape)
+    value = jnp.broadcast_to(jnp.asarray(value, leaf.dtype), leaf.shape)
     return jax.tree_util.tree_map_with_path(lambda p, v: value if p == path else v, params)
