@@ -140,7 +140,7 @@ def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
     `advance` trains every run for one interval from step number `step` on and returns the mean loss of the interval.
     """
     mapped = jax.default_backend() == "cpu" if schedule.mapped is None else schedule.mapped
-    over_seeds = partial(by_seed, jax.lax.map if mapped else lambda f, xs: jax.vmap(f)(xs), per_seed)
+    over_seeds = jax.lax.map if mapped else lambda f, xs: jax.vmap(f)(xs)
 
     @partial(jax.jit, donate_argnums=0)
     def train_interval(states: dict, runs: dict, arrays: dict, indices: Array) -> tuple[dict, Array]:
@@ -151,10 +151,10 @@ def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
                 batch = take(arrays, index)
                 return jax.vmap(lambda state, run: train_step(task, run, state, *batch))(states, runs)
 
-            states, losses = jax.lax.scan(body, states, indices[0])  # the indices of all runs of a seed are the same
+            states, losses = jax.lax.scan(body, states, indices)
             return states, losses.mean(axis=0)
 
-        return over_seeds(train_seed, (states, runs, indices))
+        return join(over_seeds(train_seed, (*split((states, runs), per_seed), indices)))
 
     @jax.jit
     def evaluate(states: dict, arrays: dict) -> Array:
@@ -162,11 +162,11 @@ def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
             test = arrays["test_images"], arrays["test_labels"]
             return jax.vmap(lambda of_run: accuracy(task.apply, of_run, *test))(variables)
 
-        return over_seeds(evaluate_seed, states["variables"])
+        return join(over_seeds(evaluate_seed, split(states["variables"], per_seed)))
 
     def advance(states: dict, runs: dict, arrays: dict, step: int) -> tuple[dict, Array]:
         examples = len(arrays["train_labels"])
-        drawn = draw(runs["seed"], step, schedule.interval, schedule.batch_size, examples)
+        drawn = draw(runs["seed"][::per_seed], step, schedule.interval, schedule.batch_size, examples)
         return train_interval(states, runs, arrays, drawn)
 
     def start(runs: dict, arrays: dict) -> dict:
@@ -177,10 +177,14 @@ def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
     return Programs(start, advance, evaluate)
 
 
-def by_seed(over: Callable, per_seed: int, f: Callable, xs: object) -> object:
-    """Apply `f` to each seed's runs: leaves [runs, ...] of `xs` and of the result, [per_seed, ...] inside."""
-    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, per_seed, *leaf.shape[1:]), xs)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), over(f, grouped))
+def split(tree: object, per_seed: int) -> object:
+    """Leaves [runs, ...] to [seeds, per_seed, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, per_seed, *leaf.shape[1:]), tree)
+
+
+def join(tree: object) -> object:
+    """Leaves [seeds, per_seed, ...] to [runs, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
 def runs_per_seed(runs: list[dict]) -> int:
