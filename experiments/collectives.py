@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from typing import NamedTuple
 
 _KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
@@ -10,7 +11,11 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _LOOP = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([%\w.\-, ]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=([%\w.\-]+), false_computation=([%\w.\-]+)")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations|called_computations|true_computation|false_computation)"
+    r"=\{?([%\w.\-, ]+)"
+)
 
 
 class Collective(NamedTuple):
@@ -28,8 +33,10 @@ class Collective(NamedTuple):
 
 
 def collectives(text: str) -> list[Collective]:
-    """Every collective of a compiled program, from `compiled.as_text()`."""
+    """Every collective of a compiled program, from `compiled.as_text()`; of alternatives, those that send most."""
     computations = _computations(text)
+    for name in _lesser_branches(computations):
+        del computations[name]
     looped = _reachable(
         computations, {name for lines in computations.values() for line in lines for name in _LOOP.findall(line)}
     )
@@ -39,6 +46,21 @@ def collectives(text: str) -> list[Collective]:
         for line in lines
         if (match := _COLLECTIVE.search(line))
     ]
+
+
+def _lesser_branches(computations) -> set[str]:
+    """Computations that only one branch of a conditional runs, where another branch of it sends more."""
+    lesser = set()
+    for found in (m for lines in computations.values() for line in lines for m in _BRANCHES.findall(line)):
+        names = [name.strip().lstrip("%") for part in found for name in part.split(",") if name]
+        run = sorted((_reachable(computations, {name}) for name in names), key=partial(_sent, computations))
+        lesser |= set().union(*run[:-1]) - run[-1]
+    return lesser
+
+
+def _sent(computations, names):
+    matches = (_COLLECTIVE.search(line) for name in names for line in computations[name])
+    return sum(_bytes(match[1]) for match in matches if match)
 
 
 def _computations(text):

@@ -116,7 +116,8 @@ def batch_norm(
             raise ValueError(_single_value(x, axes, group_size, feature_axis))
         batch = dict(where=where, weights=weights, residual=residual)
         if ghosts is None:
-            y, measured = normalize_by_batch(x, *affine, axis=axes, across=across, **batch, **out)
+            guess = _guess(batch_stats, x, debias)
+            y, measured = normalize_by_batch(x, *affine, axis=axes, across=across, guess=guess, **batch, **out)
         else:
             y, measured = _ghost(x, affine, axes, ghosts, batch, out)
         batch_axis = None if ghosts is None else axes[0]
@@ -147,6 +148,15 @@ def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
             " with where=."
         )
     return Across(), group_size
+
+
+def _guess(batch_stats, x, debias):
+    """Running mean and variance in the dtypes that x is measured in."""
+    mean, var = running_moments(batch_stats, debias=debias)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return (mean if jnp.issubdtype(dtype, jnp.complexfloating) else mean.real).astype(dtype), var.astype(
+        jnp.finfo(dtype).dtype
+    )
 
 
 def _ghost(x, affine, axes, group_size, batch, out) -> tuple[jax.Array, Measured]:

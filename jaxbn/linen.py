@@ -183,7 +183,7 @@ class Norm(nn.Module):
 def batch_norm_of(module: Any, **overrides: Any) -> Normalizer:
     """The Normalizer that the fields of a `BatchNorm` module, linen's or nnx's, stand for."""
     names = ("epsilon", "axis_name", "axis_index_groups", "group_size", "pool_axis_name", "unbiased", "debias")
-    names += ("activation", "skip_nonfinite", "allow_single_value")
+    names += ("use_scale", "use_bias", "activation", "skip_nonfinite", "allow_single_value")
     fields = {name: getattr(module, name) for name in names}
     return batch_norm(**{"decay": module.momentum, "feature_axis": module.axis} | fields | overrides)
 

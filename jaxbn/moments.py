@@ -167,7 +167,8 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 def pool_moments(m: Measured, axis: int | Sequence[int], across: Across = Across()) -> Measured:  # noqa: B008
     """Moments of many sets put together: those along `axis` of m, and those of all shards; measured as x itself is."""
-    return _until_kept(partial(_shifted_pool, m, axis, across))
+    shifted = partial(_shifted_pool, m, axis, across)
+    return _until_kept(shifted, shifted(None))
 
 
 def _shifted_pool(m, axis, across, shift):
@@ -185,14 +186,26 @@ def _shifted_pool(m, axis, across, shift):
 
 def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across) -> Measured:
     """Moments of x over `axes`, its mean as two floats; weights as `combined_weights` makes them."""
-    return across.own(measure_groups(x, weights, axes, across))
+    return across.own(measure_groups(x, weights, None, axes, across))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def measure_groups(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across) -> Measured:
-    """`measure` for every group of shards: as `across.total` gives it."""
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def measure_groups(
+    x: jax.Array,
+    weights: jax.Array | None,
+    guess: tuple[jax.Array, jax.Array] | None,
+    axes: tuple[int, ...],
+    across: Across,
+) -> Measured:
+    """`measure` for every group of shards: as `across.total` gives it.
+
+    The guess, a mean and a variance near those of x (running statistics), saves a pass where the mean is far from zero.
+    It changes roundings only. Shards that share statistics would have to share it: without axis names alone.
+    """
+    if across.axis_name is not None or weights is not None:
+        guess = None  # Under weights XLA would send the count, the same in both branches, in a collective of its own.
     if across.branch:
-        return _measure_until_kept(x, weights, axes, across)
+        return _measure_until_kept(x, weights, guess, axes, across)
     shifted = partial(_shifted, x, weights, axes, across)
     mean = shifted(None)[0].mean
     # Where it can, a compiler fuses the division that made the mean with the addition of an offset to it, and the mean
@@ -201,26 +214,42 @@ def measure_groups(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...
 
 
 # Compiled once a shape: called op by op, a loop whose body is a new closure would be compiled at every call.
-@partial(jax.jit, static_argnums=(2, 3))
-def _measure_until_kept(x, weights, axes, across) -> Measured:
-    return _until_kept(partial(_shifted, x, weights, axes, across))
+@partial(jax.jit, static_argnums=(3, 4))
+def _measure_until_kept(x, weights, guess, axes, across) -> Measured:
+    shifted = partial(_shifted, x, weights, axes, across)
+    return _until_kept(shifted, _first(shifted, guess))
 
 
-def _until_kept(shifted) -> Measured:
-    """shifted(shift) -> (Measured, retry): first from no shift, then from the mean so far until digits are kept."""
+def _first(shifted, guess):
+    """Sums from the mean that is guessed: free where the subtraction is fused into the sum.
+
+    On a CPU sums from zero are those that libraries have fastest: unless the guess says that they would be done again.
+    """
+    if guess is None:
+        return shifted(None)
+    mean, var = guess
+    far = jnp.any(_squared(mean) > _MAX_RATIO**2 * var)
+    near = partial(shifted, in_units=False)
+    return lax.platform_dependent(
+        mean, cpu=lambda mean: lax.cond(far, near, lambda _: shifted(None), mean), default=near
+    )
+
+
+def _until_kept(shifted, first) -> Measured:
+    """shifted(shift) -> (Measured, retry): the first, or one from the mean so far until digits are kept."""
 
     def again(state):
         step, (measured, _) = state
         return step + 1, shifted(measured.mean)
 
-    return lax.while_loop(lambda s: (s[0] < _MAX_SHIFTS) & s[1][1], again, (0, shifted(None)))[1][0]
+    return lax.while_loop(lambda s: (s[0] < _MAX_SHIFTS) & s[1][1], again, (0, first))[1][0]
 
 
-def _shifted(x, weights, axes, across, shift) -> tuple[Measured, jax.Array]:
+def _shifted(x, weights, axes, across, shift, in_units=True) -> tuple[Measured, jax.Array]:
     """Moments from the sums of c and |c|**2 for c = x - shift, and whether they lost too much to be kept."""
     c = wide(x) if shift is None else wide(x) - jnp.expand_dims(across.own(shift), axes)
-    # Squares near the shift cannot overflow; from a far shift they can, and are summed again in units of their peak.
-    unit = None if shift is None else _peak_unit(c, weights, axes, across)
+    # The first sums take their chance; done again they are in units of the peak, whose squares cannot overflow.
+    unit = _peak_unit(c, weights, axes, across) if shift is not None and in_units else None
     if unit is not None:
         c = c / jnp.expand_dims(across.own(unit), axes)
     return _from_sums(*_sums(c, weights, axes, across), shift, unit)
@@ -274,8 +303,8 @@ def _unit(peak):
 
 @measure_groups.defjvp
 def _measure_jvp(axes, across, primals, tangents):
-    x, weights = primals
-    measured = measure_groups(x, weights, axes, across)
+    x, weights, guess = primals
+    measured = measure_groups(x, weights, guess, axes, across)
     dmean, half_dvar = _mean_tangents(x, weights, measured, tangents[0], axes, across)
     zero_count, zero_remainder = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
     return measured, Measured(zero_count, dmean, zero_remainder, 2 * half_dvar)

@@ -123,16 +123,16 @@ def batch_normalize(
 
 
 def normalize_by_batch(
-    x, scale, bias, *, axis, epsilon, where, weights, across, activation, residual, dtype
+    x, scale, bias, *, axis, epsilon, where, weights, across, activation, residual, dtype, guess=None
 ) -> tuple[jax.Array, Measured]:
-    """`batch_normalize` for an Across; what was measured comes back as `across.total` gives it."""
+    """`batch_normalize` for an Across, with a guess as in `measure_groups`; measured as `across.total` gives it."""
     x = inexact(x)
     axes = canonical_axes(axis, x.ndim)
     _check_features("scale", scale, x, axes)
     _check_features("bias", bias, x, axes)
     _check_residual(residual, x)
     spec = _Spec(axes, across, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
-    return _standardize(x, scale, bias, residual, combined_weights(x, where, weights), spec)
+    return _standardize(x, scale, bias, residual, combined_weights(x, where, weights), guess, spec)
 
 
 class _Spec(NamedTuple):
@@ -168,15 +168,15 @@ def _finish(y, bias, residual, spec):
     return y if spec.activation is None else spec.activation(y)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(5,))
-def _standardize(x, scale, bias, residual, weights, spec):
-    measured = measure_groups(x, weights, spec.axes, spec.across)
+@partial(jax.custom_jvp, nondiff_argnums=(6,))
+def _standardize(x, scale, bias, residual, weights, guess, spec):
+    measured = measure_groups(x, weights, guess, spec.axes, spec.across)
     return _affine(x, measured, scale, bias, residual, weights, spec), measured
 
 
 @_standardize.defjvp
 def _standardize_jvp(spec, primals, tangents):
-    x, scale, bias, residual, weights = primals
+    x, scale, bias, residual, weights, _ = primals
     y, measured = _standardize(*primals, spec)
     dy, dmean, dvar = _tangent(spec, x, scale, bias, residual, weights, measured, *tangents[:4])
     zeros = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
