@@ -355,7 +355,7 @@ class EvaluatesWithTheBatch(Textbook):
 
 class TrainsWithTheRunningVariance(Textbook):
     def train(self, x, w, stats, params):
-        y, moved = super().train(x, w, stats, params)
+        _, moved = super().train(x, w, stats, params)
         _, mean, _ = self.standardize(x, w)
         return self.affine((x - mean) / self.root(self.shaped(moved["var"], x)), params), moved
 

@@ -22,7 +22,10 @@ _LIBRARIES = ("jax", "jaxbn", "flax", "dm-haiku", "equinox", "torch", "hypothesi
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 where all laws hold, 1 where one is broken, 2 where a path or option does not fit."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not (options.paths or options.list):
+        parser.error("name a layer, such as flax.linen.BatchNorm")
     if options.list:
         print(
             "\n\n".join(
@@ -72,12 +75,13 @@ def _subject(path, options):
         chosen["features"] = options.features
     try:
         subject = subject_of(resolve(path), **chosen)
-        _ = subject.missing
+        subject.check_fit()
     except UnknownPathError:
         raise
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UnknownPathError(f"{path} does not fit: {first}") from error
+        first = (str(error).splitlines() or [""])[0]
+        kind = "" if isinstance(error, TypeError | ValueError) else f"{type(error).__name__}: "
+        raise UnknownPathError(f"{path} does not fit: {kind}{first}") from error
     return subject
 
 

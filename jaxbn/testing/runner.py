@@ -57,8 +57,12 @@ def survey(
       shrink: look for the smallest failing input, which takes about a second for each broken law.
       **options: fields of `jaxbn.testing.Subject`: name, epsilon, decay, rule, unbiased (measured where not stated),
         features, feature_axis, scope, ranks, lacks, arguments, sharded, channels_first.
+
+    Raises:
+      TypeError: norm is nothing that can be checked, or does not keep x's shape.
     """
     subject = subject_of(norm, **options)
+    subject.check_fit()
     reasons = {law_named(law): reason for law, reason in (excused or {}).items()}
     chosen = list(LAWS.values()) if laws is None else [law_named(law) for law in laws]
     outcomes = [outcome_of(law, subject, reasons.get(law), examples, shrink) for law in chosen]

@@ -92,6 +92,21 @@ class Subject:
         by_rank = {2: [(4, f), (8, f)], 4: [(2, 2, 2, f)]}
         return [shape for rank in self.ranks for shape in by_rank[rank]]
 
+    def check_fit(self) -> None:
+        """TypeError unless it makes of an array an array of the same shape; whatever the norm raises goes through."""
+        shape = self.shapes[0]
+        x = jax.ShapeDtypeStruct(shape, jnp.float32)
+        apply = self.norm.apply
+
+        def output(variables, x):
+            moved = jnp.moveaxis(x, -1, self.feature_axis)
+            return apply(variables, moved, train=True, **self._arguments(shape))[0], moved
+
+        y, moved = jax.eval_shape(output, self.variables(shape), x)
+        if getattr(y, "shape", None) != moved.shape:
+            got = f"shape {y.shape}" if hasattr(y, "shape") else type(y).__name__
+            raise TypeError(f"of x with shape {moved.shape} it made {got}; expected x's shape")
+
     # ---- how it runs
 
     def variables(self, shape: tuple[int, ...], scale=None, bias=None, features_first=False) -> dict:
@@ -142,9 +157,12 @@ class Subject:
         axis = 1 if features_first else self.feature_axis
         moved = {k: jnp.moveaxis(v, -1, axis) for k, v in extra.items()}
         norm = self.norm if norm is None else norm
-        moved |= self.arguments(x.shape) if callable(self.arguments) else self.arguments
+        moved |= self._arguments(x.shape)
         y, batch_stats = norm.apply(variables, jnp.moveaxis(x, -1, axis), train=train, **moved)
         return jnp.moveaxis(y, axis, -1), batch_stats
+
+    def _arguments(self, shape):
+        return self.arguments(shape) if callable(self.arguments) else self.arguments
 
     @functools.cached_property
     def _runs(self):
