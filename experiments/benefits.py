@@ -376,7 +376,7 @@ def draw(settings: dict, rows: list[dict], directory: Path) -> list[plots.Pictur
         line[0].set_ylabel("test accuracy")
     for ax in axes[-1]:
         ax.set_xlabel("training step (log scale)")
-    axes[0, 1].legend(loc="center right", fontsize=9, frameon=False)
+    axes[0, 2].legend(loc="center right", fontsize=9, frameon=False)
     caption = (
         f"Test accuracy along training in the 12 pairs of cells. Line: mean of {settings['seeds']} seeds, band: their"
         f" range; {settings['data']}."
