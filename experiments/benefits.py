@@ -48,7 +48,7 @@ RATES = (0.01, 1.0, 2.0)
 DEVIATIONS = (0.05, 5.0)
 ACTIVATIONS = {"relu": jax.nn.relu, "sigmoid": jax.nn.sigmoid}
 ARMS = ("plain", "batch norm")
-CELL = ("activation", "weights' std", "rate")
+CELL = "activation, weights' std, rate"
 LESSON = ("relu", "batch norm")  # the network that predicts one image at a time
 
 # Test accuracy by (activation, deviation), per rate: plain, batch norm. MNIST in full, 50,000 steps, one run.
@@ -312,11 +312,11 @@ def accuracy_table(settings: dict, cells: Cells) -> Table:
     for (activation, deviation), published in PUBLISHED.items():
         for rate, theirs in zip(RATES, published, strict=True):
             ours = [cells.final(activation, arm, rate, deviation) for arm in ARMS]
-            name = [activation, f"{deviation:g}", f"{rate:g}"]
-            body.append([*name, *map(spread, ours), *(f"{value:.3f}" for value in theirs)])
+            name = f"{activation}, {deviation:g}, {rate:g}"
+            body.append([name, *map(spread, ours), *(f"{value:.3f}" for value in theirs)])
     return Table(
         "Final test accuracy",
-        [*CELL, *ARMS, "published plain", "published batch norm"],
+        [CELL, *ARMS, "published plain", "published batch norm"],
         body,
         f"Ours: mean of {settings['seeds']} seeds ± standard deviation, {settings['data']}, {settings['steps']:,}"
         f" steps; {cells.diverged()} of {24 * settings['seeds']} runs ended with a loss that is not finite."
@@ -330,11 +330,11 @@ def speed_table(cells: Cells) -> Table:
     for activation, deviation in PUBLISHED:
         for rate in RATES:
             steps = [cells.steps_to(LEARNT, activation, arm, rate, deviation) for arm in ARMS]
-            name = [activation, f"{deviation:g}", f"{rate:g}"]
-            body.append([*name, *(in_words(values) for values in steps)])
+            name = f"{activation}, {deviation:g}, {rate:g}"
+            body.append([name, *(in_words(values) for values in steps)])
     return Table(
         f"Steps to {LEARNT:.0%} test accuracy",
-        [*CELL, *ARMS],
+        [CELL, *ARMS],
         body,
         f"Median over the runs that get there, and how many do; measured every {cells.steps[0]} steps.",
     )
