@@ -356,7 +356,7 @@ def test_time_table(rows: list[dict]) -> Table:
         "Test accuracy, one image at a time",
         ["prediction with", "ours", "published"],
         [[name, spread(found[kind]), f"{PUBLISHED_ONE_AT_A_TIME[kind]:.2f}"] for kind, name in names.items()],
-        "relu, rate 0.01, deviation 0.05. Published: 200 images.",
+        "relu, rate 0.01, deviation 0.05. Published: 200 images, after 2,000 steps.",
     )
 
 

@@ -29,12 +29,23 @@ EVALUATION_BATCH = 1000  # images at a time: what a forward pass over the test s
 Track = Callable[[str, int, int], None]  # label, units done, units in all
 
 
+def softmax_loss(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of the softmax, mean over the batch; logits: [batch, classes], labels: int [batch]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def sigmoid_loss(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of a sigmoid per class against one-hot labels, mean over the batch *and the classes*."""
+    return optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1])).mean()
+
+
 class Task(NamedTuple):
     """What the runs of a grid have in common, as functions of the run (a dict of scalars, traced)."""
 
     init: Callable  # init(run, key, x) -> {"params", "batch_stats"}; x: one batch of float32 images
     apply: Callable  # apply(variables, x, *, train) -> (logits, batch_stats)
     optimizer: Callable  # optimizer(run) -> optax.GradientTransformation
+    loss: Callable = softmax_loss  # loss(logits, labels) -> scalar
 
 
 class Schedule(NamedTuple):
@@ -100,11 +111,11 @@ def init_run(task: Task, images: Array, run: dict) -> dict:
 
 
 def train_step(task: Task, run: dict, state: dict, images: Array, labels: Array) -> tuple[dict, Array]:
-    """One gradient step of one run on the cross-entropy; returns the new state and the loss before the step."""
+    """One gradient step of one run on the loss; returns the new state and the loss before the step."""
 
     def loss_of(params: dict) -> tuple[Array, dict]:
         logits, batch_stats = task.apply({**state["variables"], "params": params}, images, train=True)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), batch_stats
+        return task.loss(logits, labels), batch_stats
 
     params = state["variables"]["params"]
     (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)

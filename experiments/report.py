@@ -24,7 +24,8 @@ def write_summary(directory: Path, verdicts: list[Verdict], tables: list[Table],
 
 def write_report(results: Path = RESULTS) -> Path:
     """Build `results`/REPORT.md from the directories in it; UserError if there is no finished run among them."""
-    present = [name for name in EXPERIMENTS if (results / name / "summary.json").exists()]
+    finished = {path.parent.name: experiment_of(path.parent) for path in results.glob("*/summary.json")}
+    present = sorted(finished, key=lambda name: (list(EXPERIMENTS).index(finished[name]), name))
     if not present:
         raise UserError(
             f"{results} holds no finished run: python -m experiments run NAME --out {results}/NAME makes one"
@@ -35,15 +36,23 @@ def write_report(results: Path = RESULTS) -> Path:
     return path
 
 
+def experiment_of(directory: Path) -> str:
+    """The experiment that a run's directory belongs to; UserError if there is none of that name."""
+    name = record.read_json(directory / "config.json").get("experiment")
+    if name not in EXPERIMENTS:
+        raise UserError(f"{directory} holds a run of {name!r}, which is no experiment: move it away")
+    return name
+
+
 def section(results: Path, name: str) -> str:
-    """One experiment's part of the report, in Markdown."""
+    """The part of the report about the run in the directory `name`, in Markdown."""
     directory = results / name
     config = record.read_json(directory / "config.json")
     summary = record.revive(record.read_json(directory / "summary.json"))
     verdicts = [Verdict(**entry) for entry in summary["verdicts"]]
     parts = [
         f"## {name}",
-        EXPERIMENTS[name].claim,
+        EXPERIMENTS[config["experiment"]].claim,
         "| claim | verdict | found |\n| --- | --- | --- |\n" + "\n".join(map(_verdict_row, verdicts)),
         *(to_markdown(Table(**entry)) for entry in summary["tables"]),
         *(f"![{entry['caption']}]({name}/{entry['file']})" for entry in summary["pictures"]),

@@ -110,7 +110,7 @@ def test_ctrl_c_keeps_the_directory_and_says_how_to_continue(capsys, tmp_path, m
 @pytest.mark.parametrize("name", ["benefits", "deep_conv"])
 def test_an_experiment_has_what_the_registry_asks_for(name):
     module = registry.load(registry.EXPERIMENTS, name)
-    assert set(module.PRESETS) == {"smoke", "cpu", "full"}
+    assert {"smoke", "cpu", "full"} <= set(module.PRESETS)
     assert all("seeds" in settings for settings in module.PRESETS.values())
     assert all(callable(getattr(module, part)) for part in ("run", "judge", "tabulate", "draw"))
     assert module.SOURCE

@@ -121,6 +121,19 @@ def test_accuracy_counts_correct_predictions_and_ignores_padding(monkeypatch):
     np.testing.assert_allclose(found, np.mean(dataset().test_labels == 3), rtol=1e-6)
 
 
+def test_sigmoid_loss_is_the_mean_over_classes_too():
+    logits, labels = jnp.array([[0.0, 0.0, 0.0, 0.0]]), jnp.array([2])
+    np.testing.assert_allclose(loop.sigmoid_loss(logits, labels), np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(loop.softmax_loss(logits, labels), np.log(4), rtol=1e-6)
+
+
+def test_a_task_trains_on_its_own_loss(tmp_path):
+    rows, _ = train(
+        tmp_path / "run", SCHEDULE, the_task=TASK._replace(loss=lambda logits, labels: logits.sum() * 0 + 7)
+    )
+    np.testing.assert_array_equal(loop.curves(rows, "stage").loss, 7)
+
+
 def test_parts_are_few_of_equal_size_and_cut_between_seeds():
     assert [len(part) for part in loop.parts_of(RUNS, 5)] == [4, 2]
     assert [len(part) for part in loop.parts_of(RUNS, 1)] == [2, 2, 2]

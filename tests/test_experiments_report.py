@@ -1,10 +1,12 @@
 import io
+import shutil
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from experiments import display, report
+from experiments.errors import UserError
 from experiments.plots import Picture
 from experiments.record import write_json
 from experiments.tables import Table, spread, to_markdown
@@ -40,6 +42,20 @@ def test_the_report_has_verdict_table_picture_criterion_and_origin(tmp_path):
 def test_a_report_of_one_seed_says_that_there_is_no_interval(tmp_path):
     finished_run(tmp_path, [1.0])
     assert "Effect: 1 points, no interval, n = 1" in report.write_report(tmp_path).read_text()
+
+
+def test_a_second_run_of_an_experiment_has_a_section_of_its_own(tmp_path):
+    finished_run(tmp_path, [1.0, 1.1, 1.05])
+    shutil.copytree(tmp_path / "benefits", tmp_path / "benefits_again")
+    text = report.write_report(tmp_path).read_text()
+    assert text.index("## benefits\n") < text.index("## benefits_again\n")
+
+
+def test_a_run_of_an_unknown_experiment_is_refused(tmp_path):
+    finished_run(tmp_path, [1.0])
+    write_json(tmp_path / "benefits" / "config.json", {"experiment": "gone"})
+    with pytest.raises(UserError, match="'gone', which is no experiment"):
+        report.write_report(tmp_path)
 
 
 def test_the_report_is_the_same_when_built_again(tmp_path):
