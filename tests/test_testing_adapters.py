@@ -124,11 +124,6 @@ def test_flax_loses_the_statistics_of_a_feature_that_saw_nothing():
     assert broken(nnx.BatchNorm, ["empty_mask_keeps_statistics"]) == {"empty_mask_keeps_statistics"}
 
 
-def test_jaxbn_has_none_of_them():
-    names = ["backward_stable", "axis_name_with_unequal_masks", "empty_mask_keeps_statistics"]
-    assert broken(jaxbn.linen.BatchNorm, names) == set()
-
-
 def test_haiku_is_read_and_gives_nan():
     hk = pytest.importorskip("haiku", reason="dm-haiku is not installed; the table in the README needs it")
     subject = subject_of(hk.BatchNorm)

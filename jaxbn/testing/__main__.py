@@ -90,7 +90,10 @@ def _table(reports: Sequence[Report], options) -> str:
     versions = ", ".join(f"{name} {version}" for name in _LIBRARIES if (version := _version(name)))
     quoted = " ".join(f'"{path}"' if "(" in path else path for path in options.paths)
     extras = "" if options.examples == 25 else f" --examples {options.examples}"
-    made = f"Made by `python -m jaxbn.testing --table{extras} {quoted}` on {jax.default_backend()}"
+    environment = "".join(
+        f"{name}={os.environ[name]} " for name in ("JAX_PLATFORMS", "XLA_FLAGS") if name in os.environ
+    )
+    made = f"Made by `{environment}python -m jaxbn.testing --table{extras} {quoted}` on {jax.default_backend()}"
     details = [f"- {report.name}: {report.facts}" for report in reports]
     found = [
         f"- {report.name}, `{outcome.law.name}`: {outcome.detail}" for report in reports for outcome in report.broken
