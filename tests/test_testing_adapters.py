@@ -12,6 +12,7 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
+import jaxbn.variants
 import jaxbn.testing as laws
 from jaxbn.testing.adapters import subject_of
 from jaxbn.testing.signatures import defaults, parameters_of, required
@@ -68,6 +69,10 @@ def test_factory_states_hyperparameters_and_has_all_versions():
     subject = subject_of(functools.partial(jaxbn.batch_norm, decay=0.7))
     assert (*stated(subject), subject.rule) == (1e-5, 0.7, "exponential")
     assert subject.missing.keys() <= {"devices"}
+
+
+def test_feature_axis_beside_axis_is_no_layout():
+    assert "channels first" in subject_of(jaxbn.variants.layer_norm, scope=laws.LAYER, features=4).missing
 
 
 def test_factory_of_something_else_is_refused():

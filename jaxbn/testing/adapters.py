@@ -80,7 +80,8 @@ def factory(make: Callable[..., Normalizer], **options: Any) -> Subject:
     found = {"name": name_of(make), "epsilon": stated.get("epsilon"), "decay": stated.get("decay")}
     if "axis_name" in stated:
         found["sharded"] = make(axis_name=AXIS)
-    if "feature_axis" in stated:
+    # Beside `axis`, which says what is reduced, feature_axis is only where scale and bias run: no layout.
+    if "feature_axis" in stated and "axis" not in stated:
         found["channels_first"] = make(feature_axis=1)
     if found["decay"] is None and "decay" in stated:
         found["rule"] = "cumulative"
@@ -311,7 +312,10 @@ def _fill(make, features):
         known["rngs"] = nnx.Rngs(0)
     unknown = [name for name in needed if name not in known]
     if unknown:
-        raise TypeError(f"{name_of(make)} needs {', '.join(unknown)}; pass a functools.partial that has them.")
+        raise TypeError(
+            f"{name_of(make)} needs {', '.join(unknown)}; give them in a functools.partial,"
+            f" or on the command line as in {name_of(make)}({unknown[0]}=...)."
+        )
     return {name: known[name] for name in needed}
 
 
