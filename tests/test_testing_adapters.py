@@ -12,8 +12,8 @@ from flax import nnx
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-import jaxbn.variants
 import jaxbn.testing as laws
+import jaxbn.variants
 from jaxbn.testing.adapters import subject_of
 from jaxbn.testing.signatures import defaults, parameters_of, required
 
