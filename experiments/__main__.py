@@ -114,17 +114,18 @@ def report() -> None:
 
 
 @app.command
-def bench(name: Annotated[str, tyro.conf.Positional] = "", aot: str | None = None) -> None:
+def bench(name: Annotated[str, tyro.conf.Positional] = "", aot: str | None = None, program: str = "all") -> None:
     """Run a benchmark, or list them.
 
     Args:
         name: the benchmark; without one they are listed.
-        aot: a TPU topology, such as v5e:16x16: compile a ResNet-50 step for it and count what it costs, without a TPU.
+        aot: TPUs or GPUs, such as v5e:16x16 or h100:8: compile for them and count what it costs, without owning them.
+        program: what to compile with --aot: layer, chain, resnet50 (tens of minutes) or all.
     """
     if aot is not None:
         from experiments.aot import main as compile_ahead
 
-        compile_ahead(aot)
+        compile_ahead(aot, program)
         return
     if not name:
         for known, entry in registry.BENCHMARKS.items():

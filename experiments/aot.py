@@ -1,160 +1,136 @@
-"""What a ResNet-50 train step costs on many TPU chips, compiled ahead of time on a machine without one.
+"""What a compiled program costs on accelerators, counted ahead of time on a machine without one.
 
-    python -m experiments bench --aot v5e:16x16
+    python -m experiments bench --aot v5e:2x4 --program layer      # one synchronized layer, 8 TPU chips; a minute
+    python -m experiments bench --aot h100:8 --program chain       # convolution, norm, relu, six times, 8 GPUs
+    python -m experiments bench --aot v5e:16x16 --program resnet50 # a train step, 256 chips; tens of minutes an arm
+    python -m experiments bench --aot v5e:16x16                    # all three, the cheap ones first
 
-compiles it for 256 chips with jaxbn, with Flax's BatchNorm and without normalization, and prints what each sends,
-reads, writes and keeps. Needs the package libtpu; no TPU. Each compilation takes minutes.
+prints for jaxbn, for Flax's BatchNorm and without normalization what one device sends, reads, writes and keeps. TPUs
+need the package libtpu, GPUs ("h100:8", "h200:8") JAX's CUDA plugin: `pip install 'jax[cuda12]'`; neither a device.
+On a GPU convolutions are cuDNN's and no kernel is chosen by timing it.
 """
 
-import contextlib
-import os
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-import jaxbn
+from experiments import aot_programs
+from experiments.aot_programs import ARMS, compile_chain, compile_layer, compile_step
+from experiments.aot_targets import mesh_of
 from experiments.collectives import collectives
 from experiments.errors import UserError
-from experiments.models import Network
-from experiments.resnet import resnet
-from jaxbn import training
+from experiments.hlo_bytes import traffic
 
-IMAGES_PER_CHIP = 32
-IMAGE = (224, 224, 3)
-GIB = 2**30
+GIB, KIB = 2**30, 2**10
+FLOAT32 = 4  # bytes
 
 
 class Cost(NamedTuple):
-    """What one chip does in one step, from the compiled program.
+    """What one device does in one run, from the compiled program.
 
     Attributes:
       all_reduces: on the path that normally runs.
       rare: all-reduces in loops that run where statistics are badly conditioned.
       payload: bytes of the results of `all_reduces`, parameters' gradients included.
-      accessed: bytes read and written, as XLA counts them, rare loops included once.
-      temporary: bytes of buffers that live during the step only.
+      moved: bytes read from and written to main memory on that path.
+      moved_rarely: bytes that one round of each of those loops adds.
+      on_chip: bytes read and written beside the cores, where a TPU's compiler keeps what fits.
+      temporary: bytes of buffers that live during the run only.
     """
 
     all_reduces: int
     rare: int
     payload: int
-    accessed: float
+    moved: int
+    moved_rarely: int
+    on_chip: int
     temporary: int
 
 
-def flax_batch_norm(*, axis_name: str | None, exact: bool = False) -> jaxbn.Normalizer:
-    """Flax's layer, its variance the mean of squares minus the squared mean, or of deviations (exact)."""
-    layer = nn.BatchNorm(momentum=0.99, axis_name=axis_name, use_fast_variance=not exact)
+class Line(NamedTuple):
+    """One program to compile.
 
-    def init(key, x):
-        variables = layer.clone(axis_name=None).init(key, jnp.zeros(x.shape, x.dtype), use_running_average=True)
-        return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+    Attributes:
+      norm: what normalizes, as printed.
+      compiled: compiles it.
+    """
 
-    def apply(variables, x, *, train):
-        y, moved = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
-        return y.astype(x.dtype), moved["batch_stats"]
-
-    return jaxbn.Normalizer(init, apply)
+    norm: str
+    compiled: partial
 
 
-ARMS: dict[str, Callable[[str | None], jaxbn.Normalizer]] = {
-    "none": lambda axis_name: jaxbn.identity(),
-    "jaxbn": lambda axis_name: jaxbn.batch_norm(axis_name=axis_name),
-    "flax": lambda axis_name: flax_batch_norm(axis_name=axis_name),
-    "flax, exact variance": lambda axis_name: flax_batch_norm(axis_name=axis_name, exact=True),
-}
-
-
-def main(topology: str, arms: tuple[str, ...] = ("none", "jaxbn", "flax"), spreads: tuple[str, ...] = ("shard_map",)):
-    """Compile and print one line for each arm and spread."""
+def main(topology: str, program: str = "all") -> None:
+    """Compile for a topology, such as "v5e:16x16" or "h100:8", and print one line for each norm."""
+    if program != "all" and program not in PROGRAMS:
+        raise UserError(f"--program {program!r} is none of {', '.join(PROGRAMS)}, all")
     mesh = mesh_of(topology)
-    images = IMAGES_PER_CHIP * mesh.size
-    print(f"ResNet-50, {images} images of 224 x 224 on {mesh.size} chips ({topology}), bfloat16 activations, SGD")
-    print(
-        f"{'norm':22}{'spread':11}{'all-reduces':>12}{'rare':>6}{'payload MiB':>13}{'accessed GiB':>14}"
-        f"{'temporary GiB':>15}"
-    )
-    for arm in arms:
-        for spread in spreads:
-            cost = cost_of(compile_step(ARMS[arm](_axis_name(spread)), mesh, spread))
-            print(
-                f"{arm:22}{spread:11}{cost.all_reduces:12}{cost.rare:6}{cost.payload / 2**20:13.1f}"
-                f"{cost.accessed / GIB:14.2f}{cost.temporary / GIB:15.3f}",
-                flush=True,
-            )
+    for name in PROGRAMS if program == "all" else [program]:
+        title, unit, lines = PROGRAMS[name](mesh)
+        print(f"{title}, on each of {mesh.size} devices ({topology})")
+        _table(unit, lines)
 
 
-def _axis_name(spread):
-    return "data" if spread == "shard_map" else None
+def _table(unit, lines):
+    """In units of the activation T where there is one, else in GiB."""
+    size, label = (GIB, "GiB") if unit is None else (unit, "T")
+    heads = "all-reduces", "rare", "KiB sent", f"moved {label}", f"rare {label}", f"on chip {label}", f"kept {label}"
+    print(f"{'norm':34}" + "".join(f"{head:>12}" for head in heads))
+    for line in lines:
+        cost = cost_of(line.compiled())
+        volumes = (cost.moved, cost.moved_rarely, cost.on_chip, cost.temporary)
+        row = f"{cost.all_reduces:12}{cost.rare:12}{cost.payload / KIB:12.1f}"
+        print(f"{line.norm:34}{row}" + "".join(f"{volume / size:12.3f}" for volume in volumes), flush=True)
 
 
-def mesh_of(topology: str) -> Mesh:
-    """A mesh with one axis, "data", of the chips of a TPU topology such as "v5e:16x16"; UserError without libtpu."""
-    # libtpu would ask the metadata server of a cloud machine which TPU this is, and guard the chip that it has not got.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    from jax.experimental import topologies
+def layer(mesh: Mesh) -> tuple[str, int, Iterator[Line]]:
+    """One layer, its gradients alone and with its output, plain and followed by relu."""
 
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise UserError("compiling for TPUs needs the package libtpu (no TPU): pip install libtpu") from None
-    try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # jaxlib has no kind of its own for this
-        raise UserError(f"--aot {topology!r} is no topology that libtpu knows, such as v5e:16x16 ({error})") from None
-    return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
+    def lines():
+        for output in (False, True):
+            for after, activation in (("", None), (" + relu", jax.nn.relu)):
+                for arm in ("jaxbn", "jaxbn, fused", "flax") if activation else ("jaxbn", "flax"):
+                    norm = ARMS[arm]("data", activation)
+                    what = ", output too" if output else ""
+                    yield Line(f"{arm}{after}{what}", partial(compile_layer, norm, mesh, output=output))
+
+    shape = aot_programs.LAYER
+    size = size_of(shape)
+    return f"One layer, gradients; T: {shape} float32, {size / 1e6:.0f} MB", size, lines()
 
 
-def compile_step(norm: jaxbn.Normalizer, mesh: Mesh, spread: str, depth: int = 50, image: tuple = IMAGE):
-    """A train step of a ResNet, compiled for the mesh: "jit" or "shard_map"."""
-    network = resnet(depth, norm, dtype=jnp.bfloat16)
-    optimizer = optax.sgd(0.1, momentum=0.9)
-    build = training.jit_step if spread == "jit" else training.shard_map_step
-    step = build(loss_of(network), optimizer, mesh=mesh)
-    whole, parts = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
-    images = IMAGES_PER_CHIP * mesh.size
-    batch = {
-        "image": jax.ShapeDtypeStruct((images, *image), jnp.bfloat16, sharding=parts),
-        "label": jax.ShapeDtypeStruct((images,), jnp.int32, sharding=parts),
-    }
-
-    def start(key):
-        variables = network.init(key, jax.ShapeDtypeStruct((2, *image), jnp.bfloat16))
-        return training.init_state(variables, optimizer)
-
-    state = jax.tree.map(
-        lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=whole), jax.eval_shape(start, jax.random.key(0))
-    )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return step.lower(state, batch, key).compile()
+def chain(mesh: Mesh) -> tuple[str, int, Iterator[Line]]:
+    """Six convolutions, each with norm and relu."""
+    arms = "none", "jaxbn", "jaxbn, fused", "flax"
+    shape = aot_programs.CHAIN
+    size = size_of(shape)
+    lines = (Line(arm, partial(compile_chain, ARMS[arm]("data", jax.nn.relu), mesh)) for arm in arms)
+    title = f"{aot_programs.CHAIN_LENGTH} times convolution 3 x 3, norm, relu, gradients"
+    return f"{title}; T: {shape} float32, {size / 1e6:.0f} MB", size, lines
 
 
-def loss_of(network: Network) -> training.Loss:
-    """Cross-entropy of the labels."""
+def resnet50(mesh: Mesh) -> tuple[str, None, Iterator[Line]]:
+    """A train step of ResNet-50."""
+    lines = (Line(arm, partial(compile_step, ARMS[arm]("data", None), mesh)) for arm in ("none", "jaxbn", "flax"))
+    images = aot_programs.IMAGES_PER_CHIP
+    return f"ResNet-50, SGD step, {images} images of 224 x 224, bfloat16 activations", None, lines
 
-    def loss(variables, batch, rng):
-        del rng
-        logits, batch_stats = network.apply(variables, batch["image"], train=True)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return training.Outcome(jnp.sum(losses), losses.size, batch_stats)
 
-    return loss
+PROGRAMS = {"layer": layer, "chain": chain, "resnet50": resnet50}  # the cheap ones first
+
+
+def size_of(shape: tuple[int, ...]) -> int:
+    """Bytes of an array of float32."""
+    return FLOAT32 * math.prod(shape)
 
 
 def cost_of(compiled: jax.stages.Compiled) -> Cost:
-    """Read the cost of a compiled step."""
-    sent = [c for c in collectives(compiled.as_text()) if c.kind == "all-reduce"]
-    normal = [c for c in sent if not c.in_loop]
-    accessed = float("nan")
-    with contextlib.suppress(KeyError, TypeError):
-        accessed = compiled.cost_analysis()["bytes accessed"]
+    """Read the cost of a compiled program."""
+    text = compiled.as_text()
+    sent = [c for c in collectives(text) if c.kind == "all-reduce"]
+    normal = [c for c in sent if not c.rare]
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    return Cost(len(normal), len(sent) - len(normal), sum(c.bytes for c in normal), accessed, temporary)
+    return Cost(len(normal), len(sent) - len(normal), sum(c.bytes for c in normal), *traffic(text), temporary)

@@ -1,21 +1,11 @@
 """What a compiled program sends between devices, read from its text."""
 
-import math
-import re
 from functools import partial
 from typing import NamedTuple
 
-_KINDS = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_LOOP = re.compile(r"(?:body|condition)=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=([%\w.\-]+), false_computation=([%\w.\-]+)")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations|called_computations|true_computation|false_computation)"
-    r"=\{?([%\w.\-, ]+)"
-)
+from experiments.hlo import Instruction, Program, arrays, parse
+
+_KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
 class Collective(NamedTuple):
@@ -24,74 +14,49 @@ class Collective(NamedTuple):
     Attributes:
       kind: "all-reduce", "all-gather", "all-to-all", "collective-permute" or "reduce-scatter".
       bytes: of its result on one device.
-      in_loop: whether it stands in a while loop, such as the one that measures badly conditioned statistics again.
+      in_loop: whether it stands in a while loop of any kind.
+      rare: whether it stands in a loop that ends when values say so, as that over badly conditioned statistics does.
     """
 
     kind: str
     bytes: int
     in_loop: bool
+    rare: bool = False
 
 
 def collectives(text: str) -> list[Collective]:
     """Every collective of a compiled program, from `compiled.as_text()`; of alternatives, those that send most."""
-    computations = _computations(text)
-    for name in _lesser_branches(computations):
-        del computations[name]
-    looped = _reachable(
-        computations, {name for lines in computations.values() for line in lines for name in _LOOP.findall(line)}
-    )
+    program = parse(text)
+    lesser = _lesser_branches(program)
+    loops = [(program.rounds(name, loop), loop.attribute("body")) for name, loop in program.loops()]
+    looped = program.reachable(body for _, body in loops)
+    rare = program.reachable(body for rounds, body in loops if rounds is None)
     return [
-        Collective(match[2], _bytes(match[1]), name in looped)
-        for name, lines in computations.items()
-        for line in lines
-        if (match := _COLLECTIVE.search(line))
+        Collective(_kind(instruction), _sent(instruction), name in looped, name in rare)
+        for name, instructions in program.computations.items()
+        if name not in lesser
+        for instruction in instructions.values()
+        if _kind(instruction) in _KINDS
     ]
 
 
-def _lesser_branches(computations) -> set[str]:
+def _kind(instruction: Instruction) -> str:
+    return instruction.opcode.removesuffix("-start")
+
+
+def _sent(instruction):
+    return sum(array.bytes for array in arrays(instruction.result())) if _kind(instruction) in _KINDS else 0
+
+
+def _lesser_branches(program: Program) -> set[str]:
     """Computations that only one branch of a conditional runs, where another branch of it sends more."""
     lesser = set()
-    for found in (m for lines in computations.values() for line in lines for m in _BRANCHES.findall(line)):
-        names = [name.strip().lstrip("%") for part in found for name in part.split(",") if name]
-        run = sorted((_reachable(computations, {name}) for name in names), key=partial(_sent, computations))
+    conditionals = (i for inside in program.computations.values() for i in inside.values() if i.opcode == "conditional")
+    for conditional in conditionals:
+        run = sorted((program.reachable({name}) for name in conditional.branches()), key=partial(_total, program))
         lesser |= set().union(*run[:-1]) - run[-1]
     return lesser
 
 
-def _sent(computations, names):
-    matches = (_COLLECTIVE.search(line) for name in names for line in computations[name])
-    return sum(_bytes(match[1]) for match in matches if match)
-
-
-def _computations(text):
-    computations, name = {}, None
-    for line in text.splitlines():
-        start = _COMPUTATION.match(line)
-        if start:
-            name = start[2]
-            computations[name] = []
-        elif name:
-            computations[name].append(line)
-    return computations
-
-
-def _reachable(computations, names):
-    reached, waiting = set(), list(names)
-    while waiting:
-        name = waiting.pop()
-        if name in reached or name not in computations:
-            continue
-        reached.add(name)
-        for line in computations[name]:
-            for called in _CALLED.findall(line):
-                waiting += [part.strip().lstrip("%") for part in called.split(",")]
-    return reached
-
-
-def _bytes(shapes):
-    """Bytes of an HLO type, such as "(f32[8]{0}, s32[])"."""
-    total = 0
-    for kind, sizes in _SHAPE.findall(shapes):
-        bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 0)
-        total += bits // 8 * math.prod(int(size) for size in sizes.split(",") if size)
-    return total
+def _total(program, names):
+    return sum(_sent(i) for name in names for i in program.computations[name].values())

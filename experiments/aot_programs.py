@@ -1,0 +1,165 @@
+"""The programs whose cost is counted: one layer, a chain of convolutions, a ResNet's train step.
+
+Each is compiled for a mesh with one axis, "data", over which statistics are shared (`shard_map`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+from experiments.models import Network
+from experiments.resnet import resnet, xla_convolve
+from jaxbn import training
+
+LAYER = (32, 56, 56, 256)  # of one device: 103 MB of float32, which no tile of a TPU pads
+CHAIN = (32, 56, 56, 64)
+CHAIN_LENGTH = 6
+IMAGES_PER_CHIP = 32
+IMAGE = (224, 224, 3)
+
+Activation = Callable[[jax.Array], jax.Array]
+Arm = Callable[[str | None, Activation | None], jaxbn.Normalizer]  # of an axis name and an activation that follows
+
+
+def flax_batch_norm(*, axis_name: str | None, exact: bool = False) -> jaxbn.Normalizer:
+    """Flax's layer, its variance the mean of squares minus the squared mean, or of deviations (exact)."""
+    layer = nn.BatchNorm(momentum=0.99, axis_name=axis_name, use_fast_variance=not exact)
+
+    def init(key, x):
+        variables = layer.clone(axis_name=None).init(key, jnp.zeros(x.shape, x.dtype), use_running_average=True)
+        return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
+
+    def apply(variables, x, *, train):
+        y, moved = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
+        return y.astype(x.dtype), moved["batch_stats"]
+
+    return jaxbn.Normalizer(init, apply)
+
+
+def followed_by(norm: jaxbn.Normalizer, activation: Activation | None) -> jaxbn.Normalizer:
+    """The norm, then the activation."""
+    if activation is None:
+        return norm
+
+    def apply(variables, x, *, train):
+        y, batch_stats = norm.apply(variables, x, train=train)
+        return activation(y), batch_stats
+
+    return jaxbn.Normalizer(norm.init, apply)
+
+
+ARMS: dict[str, Arm] = {
+    "none": lambda axis_name, activation: followed_by(jaxbn.identity(), activation),
+    "jaxbn": lambda axis_name, activation: followed_by(jaxbn.batch_norm(axis_name=axis_name), activation),
+    "jaxbn, fused": lambda axis_name, activation: jaxbn.batch_norm(axis_name=axis_name, activation=activation),
+    "flax": lambda axis_name, activation: followed_by(flax_batch_norm(axis_name=axis_name), activation),
+    "flax, exact variance": lambda axis_name, activation: followed_by(
+        flax_batch_norm(axis_name=axis_name, exact=True), activation
+    ),
+}
+
+
+def compile_layer(
+    norm: jaxbn.Normalizer, mesh: Mesh, *, output: bool, shape: tuple[int, ...] = LAYER
+) -> jax.stages.Compiled:
+    """One layer, forward and backward: gradients of <y, dy> by x and parameters, and the running statistics.
+
+    Args:
+      norm: whose y = norm(x).
+      mesh: with one axis, "data".
+      output: whether y is wanted too, as by a layer above.
+      shape: of x and of dy on one device, float32.
+    """
+    variables = norm.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    def layer(params, x, dy):
+        forward = lambda params, x: norm.apply({**variables, "params": params}, x, train=True)  # noqa: E731
+        y, backward, batch_stats = jax.vjp(forward, params, x, has_aux=True)
+        return backward(dy), batch_stats, y if output else None
+
+    spread = jax.shard_map(
+        layer, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=((P(), P("data")), P(), P("data"))
+    )
+    x = _spread(shape, mesh)
+    return jax.jit(spread).lower(_whole(variables["params"], mesh), x, x).compile()
+
+
+def compile_chain(norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = CHAIN) -> jax.stages.Compiled:
+    """Six times a 3 x 3 convolution and the norm with its activation; gradients of sum(y**2) / 2 by x and parameters.
+
+    Args:
+      norm: follows each convolution.
+      mesh: with one axis, "data".
+      shape: of x and of each activation on one device, float32.
+    """
+    kernel = (3, 3, shape[-1], shape[-1])
+    one = norm.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+    params = [{"kernel": jax.ShapeDtypeStruct(kernel, jnp.float32), "norm": one["params"]}] * CHAIN_LENGTH
+
+    def loss(params, x):
+        moved = []
+        for unit in params:
+            variables = {"params": unit["norm"], "batch_stats": one["batch_stats"]}
+            x, batch_stats = norm.apply(variables, xla_convolve(x, unit["kernel"], 1), train=True)
+            moved.append(batch_stats)
+        return jnp.vdot(x, x) / 2, moved
+
+    spread = jax.shard_map(
+        jax.grad(loss, argnums=(0, 1), has_aux=True),
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=((P(), P("data")), P()),
+    )
+    return jax.jit(spread).lower(_whole(params, mesh), _spread(shape, mesh)).compile()
+
+
+def compile_step(
+    norm: jaxbn.Normalizer, mesh: Mesh, spread: str = "shard_map", depth: int = 50, image: tuple[int, ...] = IMAGE
+) -> jax.stages.Compiled:
+    """A train step of a ResNet, bfloat16 activations, momentum SGD: "jit" or "shard_map"."""
+    network = resnet(depth, norm, dtype=jnp.bfloat16)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    build = training.jit_step if spread == "jit" else training.shard_map_step
+    step = build(loss_of(network), optimizer, mesh=mesh)
+    batch = {
+        "image": _spread((IMAGES_PER_CHIP, *image), mesh, jnp.bfloat16),
+        "label": _spread((IMAGES_PER_CHIP,), mesh, jnp.int32),
+    }
+
+    def start(key):
+        variables = network.init(key, jax.ShapeDtypeStruct((2, *image), jnp.bfloat16))
+        return training.init_state(variables, optimizer)
+
+    state = _whole(jax.eval_shape(start, jax.random.key(0)), mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return step.lower(state, batch, key).compile()
+
+
+def loss_of(network: Network) -> training.Loss:
+    """Cross-entropy of the labels."""
+
+    def loss(variables, batch, rng):
+        del rng
+        logits, batch_stats = network.apply(variables, batch["image"], train=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return training.Outcome(jnp.sum(losses), losses.size, batch_stats)
+
+    return loss
+
+
+def _spread(shape, mesh, dtype=jnp.float32):
+    """An array of which each device holds `shape`."""
+    return jax.ShapeDtypeStruct((mesh.size * shape[0], *shape[1:]), dtype, sharding=NamedSharding(mesh, P("data")))
+
+
+def _whole(tree, mesh):
+    """Arrays of which each device holds all."""
+    place = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
+    return jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), tree)
