@@ -8,7 +8,8 @@ trains on 8 devices forced out of one CPU. Two processes that each read half of 
     python -m experiments train deep_conv --coordinator localhost:9876 --processes 2 --process 1
 
 The directory for the results is shared by all processes. Running the same command again continues where the newest
-whole checkpoint is, on as many devices and processes as there are then. SIGTERM to any process makes all save and end.
+whole checkpoint is, on as many devices and processes as there are then: bit for bit on the same number, to rounding on
+another. SIGTERM or Ctrl-C to any process makes all save and end.
 """
 
 import hashlib
@@ -22,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh
 
 import jaxbn
 from experiments import data, loop, models, processes, snapshots
 from experiments.errors import UserError
 from experiments.models import Network
-from experiments.record import write_json
+from experiments.record import read_json, write_json
 from experiments.resnet import patch_convolve, small_resnet
 from jaxbn import training
 
@@ -87,18 +89,16 @@ def train(
       devices: how many CPU devices each process makes; None leaves JAX its default.
       spread: "shard_map" or "jit".
       save_every: steps from one checkpoint to the next, rounded up to whole intervals.
+
+    Raises:
+      UserError: what was given cannot be used; in all processes.
+      SystemExit: SIGTERM (143) or Ctrl-C (130) was received by one of the processes, and what is done is saved.
     """
-    _check(settings, spread)
+    _check(settings, spread, devices, save_every)
     processes.join(cluster, devices)
-    terminator = processes.Terminator()
     where = _Where(directory, directory / "checkpoints")
-    try:
+    with processes.giving_up(cluster, where.checkpoints), processes.Terminator() as terminator:
         return _train(settings, where, spread, save_every, terminator)
-    except jax.errors.JaxRuntimeError as error:
-        if cluster.count == 1:
-            raise
-        processes.give_up(error, f"what is done is saved in {where.checkpoints}")
-        raise
 
 
 class _Where(NamedTuple):
@@ -112,10 +112,10 @@ class _Where(NamedTuple):
 
 def _train(settings, where, spread, save_every, terminator) -> dict:
     mesh = Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
-    dataset = data.load(settings.data)
+    dataset = processes.prepare_together(lambda: _open(settings, where), (settings, spread, save_every))
     network, step = _compiled(settings, mesh, spread)
     state = training.replicate(_start(settings, network, dataset), mesh)
-    _open(settings, where)
+    _check_groups(settings, step, state, dataset)
     done = snapshots.newest(where.checkpoints, _say)
     if done:
         state = snapshots.restore(where.checkpoints, done, state)
@@ -136,8 +136,8 @@ def _train(settings, where, spread, save_every, terminator) -> dict:
             snapshots.save(where.checkpoints, done, state)
             saved = done
         if stop and done < settings.steps:
-            _say(f"terminated: saved step {done}; the same command continues from there")
-            raise SystemExit(processes.TERMINATED)
+            _say(f"stopped: saved step {done}; the same command continues from there")
+            raise SystemExit(128 + stop)
     return _conclude(settings, where, network, dataset, state)
 
 
@@ -184,10 +184,13 @@ def _conclude(settings, where, network, dataset, state) -> dict:
         accuracy = jax.jit(lambda *arguments: loop.accuracy(network.apply, *arguments))
         summary["accuracy"] = float(accuracy(variables, images, labels))
         write_json(where.directory / "summary.json", summary)
+        print(f"test accuracy {summary['accuracy']:.4f}; results in {where.directory}", flush=True)
     print(
         f"process {jax.process_index()} of {jax.process_count()}: step {settings.steps}, sha256 {summary['sha256']}",
         flush=True,
     )
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("done")  # at exit JAX waits only shortly
     return summary
 
 
@@ -199,29 +202,73 @@ def digest(state: training.TrainState) -> str:
     return found.hexdigest()
 
 
-def _check(settings, spread):
+def _check(settings, spread, devices, save_every):
     if settings.name not in RECIPES:
         raise UserError(f"there is no network {settings.name!r}; choose one of: {', '.join(RECIPES)}")
     if spread not in ("shard_map", "jit"):
         raise UserError(f"--spread {spread!r}; choose shard_map or jit")
+    numbers = {name: getattr(settings, name) for name in ("steps", "interval", "batch", "microbatches", "group_size")}
+    for name, value in {**numbers, "devices": devices, "save_every": save_every}.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give a whole number from 1 on")
     if settings.steps % settings.interval:
         raise UserError(f"{settings.steps} steps are no multiple of the interval of {settings.interval}")
 
 
-def _open(settings, where):
-    """Write config.json, or hold it against the settings; UserError if the directory holds another run."""
-    path, wanted = where.directory / "config.json", json.loads(json.dumps(settings._asdict()))
-    shards = jax.device_count() * settings.microbatches
+def _open(settings, where) -> data.Dataset:
+    """The data; and process 0 takes the directory for this run."""
+    dataset = data.load(settings.data)
+    shards, examples = jax.device_count() * settings.microbatches, len(dataset.train_labels)
     if settings.batch % shards:
         raise UserError(
             f"a batch of {settings.batch} does not divide into {jax.device_count()} devices with"
             f" {settings.microbatches} microbatches each: pass --batch with a multiple of {shards}"
         )
-    if path.exists() and json.loads(path.read_text()) != wanted:
-        raise UserError(f"{where.directory} holds another run ({path.read_text()}): choose another --out")
+    if settings.batch > examples:
+        raise UserError(f"{settings.data} has {examples} examples to train on: pass a smaller --batch than that")
     if jax.process_index() == 0:
-        where.checkpoints.mkdir(parents=True, exist_ok=True)
+        _claim(where, json.loads(json.dumps(settings._asdict())))
+    return dataset
+
+
+def _claim(where, wanted):
+    """Write config.json, or hold it against `wanted`."""
+    path = where.directory / "config.json"
+    try:
+        if path.exists():
+            _compare(where.directory, read_json(path), wanted)
+        elif where.directory.is_dir() and any(where.directory.iterdir()):
+            raise UserError(f"{where.directory} exists and holds no run (no config.json in it): choose another --out")
+        where.directory.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)
+        where.checkpoints.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {where.directory} ({error.strerror}): choose another --out") from None
+
+
+def _compare(directory, held, wanted):
+    different = [
+        f"its {name} is {held.get(name)!r}, not {wanted.get(name)!r}"
+        for name in {**wanted, **held}
+        if held.get(name) != wanted.get(name)
+    ]
+    if different:
+        raise UserError(f"{directory} holds another run ({'; '.join(different[:3])}): choose another --out")
+
+
+def _check_groups(settings, step, state, dataset):
+    """The library's own refusal of a group size that does not fit; all processes come to the same."""
+    if settings.group_size is None:
+        return
+    leading = (settings.interval, settings.batch)
+    batch = {
+        "image": jax.ShapeDtypeStruct(leading + dataset.train_images.shape[1:], dataset.train_images.dtype),
+        "label": jax.ShapeDtypeStruct(leading, dataset.train_labels.dtype),
+    }
+    try:
+        jax.eval_shape(step, state, batch, jax.random.key(settings.seed))
+    except ValueError as error:
+        raise UserError(f"--group-size {settings.group_size}: {error}") from None
 
 
 def _write_metrics(where, done, metrics):
@@ -238,7 +285,9 @@ def _cut_metrics(where, done):
         return
     rows = [line for line in where.metrics.read_text().splitlines() if line.endswith("}")]
     kept = [line for line in rows if json.loads(line)["step"] <= done]
-    where.metrics.write_text("".join(line + "\n" for line in kept))
+    shorter = where.metrics.with_suffix(".new")
+    shorter.write_text("".join(line + "\n" for line in kept))
+    shorter.replace(where.metrics)
 
 
 def _say(line):

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from experiments.record import write_json
 
 KEPT = 2  # the newest, and the one before in case it is damaged
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a directory that orbax has not finished
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file that it opens
 
@@ -33,10 +34,9 @@ def save(directory: Path, step: int, state: Any) -> None:
         checkpointer.save(path, leaves, force=True)
     if jax.process_index() == 0:
         write_json(_seal(directory, step), {"files": _checksums(path)})
-        for old in _steps(directory)[KEPT:]:
-            _seal(directory, old).unlink(missing_ok=True)
-            shutil.rmtree(_path(directory, old), ignore_errors=True)
-    _meet("saved")
+        _drop_others(directory, step)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("saved")
 
 
 def newest(directory: Path, report: Callable[[str], None]) -> int | None:
@@ -51,7 +51,9 @@ def newest(directory: Path, report: Callable[[str], None]) -> int | None:
             if not damage:
                 found = step
                 break
-            report(f"checkpoint {_path(directory, step)} is damaged ({damage}): using the one before it")
+            report(f"checkpoint {_path(directory, step)} is damaged ({damage}): looking for the one before it")
+        if found < 0 and _steps(directory):
+            report("no checkpoint is whole: starting over")
     if jax.process_count() > 1:
         found = int(multihost_utils.broadcast_one_to_all(np.int32(found)))
     return None if found < 0 else found
@@ -67,6 +69,17 @@ def restore(directory: Path, step: int, like: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.restore(_path(directory, step), wanted)
     return jax.tree.unflatten(structure, [stored[str(number)] for number in range(len(leaves))])
+
+
+def _drop_others(directory, step):
+    """Keep the newest, and none of later steps: they were passed over, and are done again."""
+    steps = _steps(directory)
+    kept = [found for found in steps if found <= step][:KEPT]
+    for old in set(steps) - set(kept):
+        _seal(directory, old).unlink(missing_ok=True)
+        shutil.rmtree(_path(directory, old), ignore_errors=True)
+    for unfinished in directory.glob(f"step-*{TEMPORARY}*"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _path(directory, step):
@@ -86,11 +99,16 @@ def _steps(directory):
 def _damage(directory, step) -> str:
     """What is wrong with a checkpoint, in words; empty if nothing is."""
     try:
-        expected = json.loads(_seal(directory, step).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "it was not finished: it has no readable seal"
+        files = json.loads(_seal(directory, step).read_text())["files"]
+        expected = [(name, size, digest) for name, (size, digest) in files.items()]
+    except FileNotFoundError:
+        return "it was not finished: it has no seal"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        expected = []
+    if not expected:
+        return "its seal is not readable"
     found = _checksums(_path(directory, step))
-    for name, (size, digest) in expected.items():
+    for name, size, digest in expected:
         if name not in found:
             return f"{name} is missing"
         if found[name][0] != size:
@@ -106,8 +124,3 @@ def _checksums(path):
         str(file.relative_to(path)): [file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()]
         for file in files
     }
-
-
-def _meet(name):
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
