@@ -26,7 +26,7 @@ STEPS, INTERVAL, SAVE_EVERY, HEARTBEAT = 40, 5, 10, 5
 SETTINGS = distributed.Settings("benefits", steps=STEPS, interval=INTERVAL)
 # Promised: one that died is noticed at once, or within the heartbeat's timeout, as a frozen one is. The margin is for
 # a machine whose cores are busy.
-MARGIN, SECONDS_FOR_ALL = 30, 240
+MARGIN, SECONDS_TO_MEET, SECONDS_FOR_ALL = 30, 30, 240
 SIGKILLED, SIGABORTED = -signal.SIGKILL, -signal.SIGABRT
 LOST = r"error: process {} of 2 .* one died, froze or lost its connection(.|\n)*What is done is saved in .*:"
 LOST += " start all processes again with the same commands"
@@ -40,6 +40,7 @@ from experiments import __main__, data, processes, snapshots
 plan, dataset, *arguments = sys.argv[1:]
 dataset = data.Dataset(*np.load(dataset).values())
 data.load = lambda name: dataset
+processes.SECONDS_TO_MEET = int(os.environ["SECONDS_TO_MEET"])
 plan, asked = json.loads(plan), 0
 ask, write = processes.Terminator.requested, snapshots.write_json
 
@@ -80,6 +81,7 @@ class Pair:
         environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
         environment |= {
             "JAX_PLATFORMS": "cpu",
+            "SECONDS_TO_MEET": str(SECONDS_TO_MEET),
             "JAX_COMPILATION_CACHE_DIR": place.cache,
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -309,17 +311,17 @@ def test_a_frozen_first_process_is_given_up(place, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_kills_at_random_times_change_nothing_in_the_end(seed, undisturbed, place, tmp_path):
     """Before the two have met, while they compile, train, save or end; until they are left to finish."""
     random = np.random.default_rng(seed)
-    for _ in range(3):
+    for _ in range(2):
         with Pair(place, tmp_path) as pair:
             time.sleep(random.uniform(1, 8))
             victim = int(random.integers(2))
             pair.processes[victim].kill()
             pair.ended(victim)
-            status, said, error = pair.ended(1 - victim, processes.SECONDS_TO_MEET + MARGIN)
+            status, said, error = pair.ended(1 - victim, SECONDS_TO_MEET + MARGIN)
             assert status == 0 or "error: process" in error, (said, error)
     with Pair(place, tmp_path) as pair:
         assert pair.digests()[0] == undisturbed[1]
