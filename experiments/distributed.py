@@ -136,7 +136,7 @@ def _train(settings, where, spread, save_every, terminator) -> dict:
             snapshots.save(where.checkpoints, done, state)
             saved = done
         if stop and done < settings.steps:
-            _say(f"stopped: saved step {done}; the same command continues from there")
+            print(f"stopped: saved step {done}; the same command continues from there", flush=True)
             raise SystemExit(128 + stop)
     return _conclude(settings, where, network, dataset, state)
 

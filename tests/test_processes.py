@@ -209,7 +209,7 @@ def test_the_loss_goes_down(undisturbed):
     assert losses[-1] < losses[0] / 2
 
 
-@pytest.mark.parametrize("spread", ["jit", "shard_map"])
+@pytest.mark.parametrize("spread", ["jit", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_with_the_whole_batch_does(spread, undisturbed, tmp_path, train):
     train(tmp_path, spread=spread)
     assert_same_run(tmp_path, undisturbed[0])
@@ -253,7 +253,8 @@ def test_sigterm_to_one_saves_and_ends_both_and_a_frozen_one_is_given_up(undistu
     with Pair(place, out, ({}, at(3, signal.SIGTERM))) as pair:
         ends = [pair.ended(number) for number in range(2)]
     assert [status for status, _, _ in ends] == [128 + signal.SIGTERM] * 2, ends
-    assert "stopped: saved step 15" in ends[0][1]
+    for _, said, _ in ends:
+        assert "stopped: saved step 15" in said
     assert sealed(out) == [10, 15]
     with Pair(place, out, ({}, at(3, signal.SIGSTOP))) as pair:
         pair.wait_for_state(1, "T")
