@@ -115,7 +115,8 @@ def _try_port(cluster):
         socket.create_server(("", port), **both).close()
     except OSError as error:
         raise UserError(
-            f"process 0 cannot open port {port} ({os.strerror(error.errno)}): choose another in --coordinator, for all processes"
+            f"process 0 cannot open port {port} ({os.strerror(error.errno)}): choose another in --coordinator, for all"
+            " processes"
         ) from None
 
 
