@@ -151,12 +151,10 @@ def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
 
 
 def _guess(batch_stats, x, debias):
-    """Running mean and variance in the dtypes that x is measured in."""
-    mean, var = running_moments(batch_stats, debias=debias)
+    """Running mean in the dtype that x is measured in."""
+    mean, _ = running_moments(batch_stats, debias=debias)
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    return (mean if jnp.issubdtype(dtype, jnp.complexfloating) else mean.real).astype(dtype), var.astype(
-        jnp.finfo(dtype).dtype
-    )
+    return (mean if jnp.issubdtype(dtype, jnp.complexfloating) else mean.real).astype(dtype)
 
 
 def _ghost(x, affine, axes, group_size, batch, out) -> tuple[jax.Array, Measured]:

@@ -193,14 +193,14 @@ def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], acro
 def measure_groups(
     x: jax.Array,
     weights: jax.Array | None,
-    guess: tuple[jax.Array, jax.Array] | None,
+    guess: jax.Array | None,
     axes: tuple[int, ...],
     across: Across,
 ) -> Measured:
     """`measure` for every group of shards: as `across.total` gives it.
 
-    The guess, a mean and a variance near those of x (running statistics), saves a pass where the mean is far from zero.
-    It changes roundings only. Shards that share statistics would have to share it: without axis names alone.
+    The guess, a mean near that of x (the running one), saves a pass where the mean is far from zero. It changes
+    roundings only. Shards that share statistics would have to share it: without axis names alone.
     """
     if across.axis_name is not None or weights is not None:
         guess = None  # Under weights XLA would send the count, the same in both branches, in a collective of its own.
@@ -223,16 +223,12 @@ def _measure_until_kept(x, weights, guess, axes, across) -> Measured:
 def _first(shifted, guess):
     """Sums from the mean that is guessed: free where the subtraction is fused into the sum.
 
-    On a CPU sums from zero are those that libraries have fastest: unless the guess says that they would be done again.
+    On a CPU sums from zero are those that libraries have fastest.
     """
     if guess is None:
         return shifted(None)
-    mean, var = guess
-    far = jnp.any(_squared(mean) > _MAX_RATIO**2 * var)
     near = partial(shifted, in_units=False)
-    return lax.platform_dependent(
-        mean, cpu=lambda mean: lax.cond(far, near, lambda _: shifted(None), mean), default=near
-    )
+    return lax.platform_dependent(guess, cpu=lambda _: shifted(None), default=near)
 
 
 def _until_kept(shifted, first) -> Measured:
@@ -247,12 +243,36 @@ def _until_kept(shifted, first) -> Measured:
 
 def _shifted(x, weights, axes, across, shift, in_units=True) -> tuple[Measured, jax.Array]:
     """Moments from the sums of c and |c|**2 for c = x - shift, and whether they lost too much to be kept."""
-    c = wide(x) if shift is None else wide(x) - jnp.expand_dims(across.own(shift), axes)
     # The first sums take their chance; done again they are in units of the peak, whose squares cannot overflow.
-    unit = _peak_unit(c, weights, axes, across) if shift is not None and in_units else None
-    if unit is not None:
-        c = c / jnp.expand_dims(across.own(unit), axes)
-    return _from_sums(*_sums(c, weights, axes, across), shift, unit)
+    unit = None
+    if shift is not None and in_units:
+        # Tied to what changes from step to step, x is not converted outside of a loop that hardly ever runs.
+        x, _ = lax.optimization_barrier((x, shift))
+        unit = _peak_unit(x, shift, weights, axes, across)
+    return _from_sums(*_sums(x, shift, unit, weights, axes, across), shift, unit)
+
+
+def _deviation(x, shift, unit, axes, across, sum_number):
+    """(x - shift) / unit for one of the sums over it."""
+    x, shift, unit = unshared((x, shift, unit), sum_number)
+    c = wide(x) if shift is None else wide(x) - jnp.expand_dims(across.own(shift), axes)
+    return c if unit is None else c / jnp.expand_dims(across.own(unit), axes)
+
+
+def unshared(tree, number: int):
+    """The same arrays, which a compiler for CPUs takes for others: one number for each sum over them.
+
+    XLA:CPU converts, subtracts and squares inside a sum, tile by tile, unless another operation uses the converted or
+    the subtracted array too: then it writes that to memory first. Equal barriers are merged, hence the numbers. Other
+    compilers fuse better without.
+    """
+
+    def hide(tree):
+        for _ in range(number):
+            tree = jax.tree.map(lax.optimization_barrier, tree)
+        return tree
+
+    return lax.platform_dependent(tree, cpu=hide, default=lambda tree: tree)
 
 
 def _from_sums(count, first, second, shift, unit) -> tuple[Measured, jax.Array]:
@@ -269,16 +289,17 @@ def _from_sums(count, first, second, shift, unit) -> tuple[Measured, jax.Array]:
     return Measured(count, mean, (shift - mean) + offset, var), retry
 
 
-def _sums(c, weights, axes, across):
-    """Count, sum and sum of squares, the last two [features], over axes and shards, in one collective."""
+def _sums(x, shift, unit, weights, axes, across):
+    """Count, sum of c and of |c|**2, the last two [features], over axes and shards, in one collective."""
+    c, again = (_deviation(x, shift, unit, axes, across, number) for number in (1, 2))
     if weights is None:
         count = jnp.asarray(size_of(c.shape, axes) * across.size(), c.real.dtype)
-        first, second = across.total((jnp.sum(c, axes), jnp.sum(_squared(c), axes)))
+        first, second = across.total((jnp.sum(c, axes), jnp.sum(_squared(again), axes)))
         return count if across.groups is None else jnp.broadcast_to(count, second.shape), first, second
     count = jnp.sum(weights, axes) * size_of(c.shape, [a for a in axes if weights.shape[a] == 1])
     features = jax.eval_shape(partial(jnp.sum, axis=axes), c).shape
     count = jnp.broadcast_to(count, features).astype(c.real.dtype)
-    return across.total((count, weighted_sum(c, weights, axes), weighted_sum(_squared(c), weights, axes)))
+    return across.total((count, weighted_sum(c, weights, axes), weighted_sum(_squared(again), weights, axes)))
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
@@ -288,8 +309,9 @@ def weighted_sum(values: jax.Array, weights: jax.Array | None, axes: tuple[int, 
     return jnp.sum(jnp.where(weights == 0, 0, weights * values), axes)
 
 
-def _peak_unit(c, weights, axes, across):
+def _peak_unit(x, shift, weights, axes, across):
     """Power of two near the largest |c| of each feature; the shards' peaks are summed, which bounds their maximum."""
+    c = _deviation(x, shift, None, axes, across, 3)
     size = jnp.abs(c) if weights is None else jnp.where(weights == 0, 0, jnp.abs(c))
     return _unit(across.total(jnp.max(size, axes, initial=0)))
 

@@ -14,12 +14,13 @@ from jaxbn.moments import (
     Measured,
     Moments,
     canonical_axes,
-    centered,
     combined_weights,
     inexact,
+    inner,
     measure_groups,
     shared_axes,
     tangent_means,
+    unshared,
     wide,
 )
 
@@ -147,25 +148,25 @@ class _Spec(NamedTuple):
 
 def _affine(x, measured, scale, bias, residual, weights, spec):
     """The output, from given statistics; one pass over x."""
-    measured = spec.across.own(measured)
+    y = _before_activation(x, spec.across.own(measured), scale, bias, residual, weights, spec)
+    return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype)
+
+
+def _before_activation(x, measured, scale, bias, residual, weights, spec):
+    # Three vectors and no more: compilers for GPUs then recompute this wherever it is used, instead of storing it.
     gain = lax.rsqrt(measured.var + spec.epsilon)
     gain = gain if scale is None else scale * gain
-    y = _deviations(x, measured, weights, spec.axes) * jnp.expand_dims(gain, spec.axes)
-    return _finish(y, bias, residual, spec).astype(spec.dtype)
+    offset = -measured.remainder * gain if bias is None else bias - measured.remainder * gain
+    c = _deviations(x, measured.mean, weights, spec.axes)
+    y = c * jnp.expand_dims(gain, spec.axes) + jnp.expand_dims(offset, spec.axes)
+    return y if residual is None else y + wide(residual)
 
 
-def _deviations(x, measured, weights, axes):
-    c = centered(x, measured, axes)
-    if weights is None:
-        return c
+def _deviations(x, mean, weights, axes):
+    """X minus its mean as one float; what rounding that lost is made good by vectors."""
+    c = wide(x) - jnp.expand_dims(mean, axes)
     # Padding may hold anything, and a NaN in y would come back in every gradient: times a cotangent of 0 it is NaN.
-    return jnp.where((weights == 0) & ~jnp.isfinite(c), 0, c)
-
-
-def _finish(y, bias, residual, spec):
-    y = y if bias is None else y + jnp.expand_dims(bias, spec.axes)
-    y = y if residual is None else y + wide(residual)
-    return y if spec.activation is None else spec.activation(y)
+    return c if weights is None else jnp.where((weights == 0) & ~jnp.isfinite(c), 0, c)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(6,))
@@ -186,27 +187,56 @@ def _standardize_jvp(spec, primals, tangents):
 # Written so that its transpose, which JAX derives, is the least backward pass: two sums of the output's cotangent (they
 # are the gradients of bias and scale too) and one elementwise pass. The checkpoint makes it keep x and vectors, and
 # recompute the rest where it is used. Statistics enter in units of the standard deviation: var itself would leave the
-# range of float32 in the products.
+# range of float32 in the products. Deviations stand in it twice: the first are summed in forward mode, the second in
+# the backward pass.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbias, dresidual):
     axes, own, row = spec.axes, spec.across.own, spec.across.row
     rstd = lax.rsqrt(measured.var + spec.epsilon)
     gain = rstd if scale is None else row(scale) * rstd
-    xhat = _deviations(x, own(measured), weights, axes) * jnp.expand_dims(own(rstd), axes)
-    mean_dx, mean_xhat_dx = tangent_means(wide(dx), xhat, weights, measured.count, axes, spec.across)
+    x_once, mean, unit = unshared((x, own(measured.mean), own(rstd)), 4)
+    c = _deviations(x_once, mean, weights, axes) * jnp.expand_dims(unit, axes)
+    mean_dx, mean_xhat_dx = tangent_means(wide(dx), c, weights, measured.count, axes, spec.across)
+    mean_xhat_dx = mean_xhat_dx - inner(measured.remainder, mean_dx) * rstd
     means = _varying_together(
         (mean_dx, mean_xhat_dx), spec.across, *(v for v in (gain, dbias, dscale) if v is not None)
     )
     shift = -gain * means[0] if dbias is None else row(dbias) - gain * means[0]
     slope = -gain * means[1] if dscale is None else row(dscale) - gain * means[1]
     gain, shift, slope = own((gain, *_varying_together((shift, slope), spec.across, x)))
-    dy = jnp.expand_dims(gain, axes) * wide(dx) + jnp.expand_dims(shift, axes) + xhat * jnp.expand_dims(slope, axes)
-    y = xhat if scale is None else xhat * jnp.expand_dims(scale, axes)
+    slope = slope * own(rstd)
+    shift = shift - slope * own(measured.remainder)
+    x_again, mean = unshared((x, own(measured.mean)), 3)
+    c = _deviations(x_again, mean, weights, axes)
+    dy = jnp.expand_dims(gain, axes) * wide(dx)
     dy = dy if dresidual is None else dy + wide(dresidual)
-    if spec.activation is not None:
-        y = _finish(y, bias, residual, spec._replace(activation=None))
-        dy = jax.jvp(spec.activation, (y,), (dy,))[1]
-    return dy.astype(spec.dtype), mean_dx, 2 * mean_xhat_dx / rstd
+    terms = dy, jnp.broadcast_to(jnp.expand_dims(shift, axes), dy.shape), c * jnp.expand_dims(slope, axes)
+    if spec.activation is None:
+        dy = _rounded_sum(terms, spec.dtype)
+    else:
+        y = _before_activation(x, own(measured), scale, bias, residual, weights, spec)
+        dy = jax.jvp(spec.activation, (y,), (sum(terms),))[1].astype(spec.dtype)
+    return dy, mean_dx, 2 * mean_xhat_dx / rstd
+
+
+def _rounded_sum(terms, dtype):
+    """Sum of three arrays in float32, rounded to `dtype`; on a CPU, if that is less than float32, each by itself.
+
+    What the latter transposes to converts the cotangent once for each term, inside the sum that the term transposes to:
+    XLA:CPU then writes no float32 copy of it, and the backward pass takes half the time.
+    """
+
+    def each(terms):
+        first, second, third = (term.astype(dtype) for term in terms)
+        return first + unshared(second, 1) + unshared(third, 2)
+
+    if jnp.finfo(dtype).bits >= 32:
+        return sum(terms).astype(dtype)
+    return lax.platform_dependent(terms, cpu=each, default=lambda terms: sum(terms).astype(dtype))
+
+
+def _xhat(x, measured, rstd, weights, axes):
+    return _deviations(x, measured, weights, axes) * jnp.expand_dims(rstd, axes)
 
 
 def _varying_together(tree, across, *others):

@@ -76,7 +76,7 @@ def update_batch_stats(
         batch["weight"] = jnp.ones_like(old["weight"])
     accept = moments.count > 0
     if skip_nonfinite:
-        accept &= jnp.all(jnp.isfinite(moments.mean)) & jnp.all(jnp.isfinite(moments.var))
+        accept &= jnp.all(jnp.isfinite(moments.mean) & jnp.isfinite(moments.var))
     moved = _cumulative(old, batch) if decay is None else _exponential(old, batch, decay)
     return {name: jnp.where(accept, moved[name].astype(old[name].dtype), old[name]) for name in old}
 
