@@ -113,8 +113,8 @@ class _Where(NamedTuple):
 def _train(settings, where, spread, save_every, terminator) -> dict:
     mesh = Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
     dataset = processes.prepare_together(lambda: _open(settings, where), (settings, spread, save_every))
-    network, step = _compiled(settings, mesh, spread)
-    state = training.replicate(_start(settings, network, dataset), mesh)
+    network, step = network_and_step(settings, mesh, spread)
+    state = training.replicate(start(settings, network, dataset), mesh)
     _check_groups(settings, step, state, dataset)
     done = snapshots.newest(where.checkpoints, _say)
     if done:
@@ -124,7 +124,7 @@ def _train(settings, where, spread, save_every, terminator) -> dict:
     _cut_metrics(where, done)
     began, first = time.monotonic(), done
     key = jax.random.key(settings.seed)
-    for batch in _batches(settings, dataset, done):
+    for batch in batches(settings, dataset, done):
         state, metrics = step(state, training.spread(batch, mesh, scan=True), key)
         done += settings.interval
         metrics = jax.device_get(metrics)  # waits, so that a lost process shows here
@@ -141,7 +141,8 @@ def _train(settings, where, spread, save_every, terminator) -> dict:
     return _conclude(settings, where, network, dataset, state)
 
 
-def _compiled(settings, mesh, spread) -> tuple[Network, training.Step]:
+def network_and_step(settings: Settings, mesh: Mesh, spread: str) -> tuple[Network, training.Step]:
+    """The network that `settings` names, and a dispatch of its training, over the mesh's axis "data"."""
     recipe = RECIPES[settings.name]
     axis_name = "data" if spread == "shard_map" else None
     norm = jaxbn.batch_norm(decay=0.99, epsilon=1e-3, axis_name=axis_name, group_size=settings.group_size)
@@ -159,15 +160,18 @@ def _compiled(settings, mesh, spread) -> tuple[Network, training.Step]:
     return network, step
 
 
-def _start(settings, network, dataset) -> training.TrainState:
+def start(settings: Settings, network: Network, dataset: data.Dataset) -> training.TrainState:
     """The state before the first step; computed in each process alone, on one device, so that all have the same."""
     images = data.pixels(dataset.train_images[:2].astype(np.float32))
     variables = jax.jit(network.init)(jax.random.key(settings.seed), jnp.asarray(images))
     return training.init_state(variables, RECIPES[settings.name].optimizer)
 
 
-def _batches(settings, dataset, done) -> Iterator[dict]:
-    """This process's part of every dispatch, leaves [interval, examples, ...]; it reads no other examples."""
+def batches(settings: Settings, dataset: data.Dataset, done: int) -> Iterator[dict]:
+    """This process's part of every dispatch, leaves [interval, examples, ...], from step `done` on.
+
+    It reads no other examples.
+    """
     size = settings.batch // jax.process_count()
     own = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
     for first in range(done, settings.steps, settings.interval):

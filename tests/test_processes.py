@@ -4,6 +4,7 @@ Faults come at chosen steps, from inside the process that they hit; the tests ma
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -13,20 +14,30 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from experiments import data, distributed, processes
+from experiments import data, distributed, processes, snapshots
 from experiments.errors import UserError
+from jaxbn import training
 
 STEPS, INTERVAL, SAVE_EVERY, HEARTBEAT = 40, 5, 10, 5
+COMPARED = 10  # after how many steps states are compared: a checkpoint
 SETTINGS = distributed.Settings("benefits", steps=STEPS, interval=INTERVAL)
+ONE = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+IN_ORDER = np.arange(SETTINGS.batch)
 # Promised: one that died is noticed at once, or within the heartbeat's timeout, as a frozen one is. The margin is for
 # a machine whose cores are busy.
 MARGIN, SECONDS_TO_MEET, SECONDS_FOR_ALL = 30, 30, 240
+# A spread sums over the batch in another order, as one process does when its batch is permuted: so many permutations
+# are measured, and a spread may be off by SLACK times the worst. No ReLU makes more of that: over these steps the input
+# nearest to zero is 3.9e-6 from it, with inputs of size 1 and differences below 1e-6.
+PERMUTATIONS, SLACK = 4, 4
 SIGKILLED, SIGABORTED = -signal.SIGKILL, -signal.SIGABRT
 LOST = r"error: process {} of 2 .* one died, froze or lost its connection(.|\n)*What is done is saved in .*:"
 LOST += " start all processes again with the same commands"
@@ -174,6 +185,77 @@ def undisturbed(tmp_path_factory, place):
         return out, pair.digests()[0]
 
 
+class Terminated(NamedTuple):
+    """A run that ended when its second process got SIGTERM in step 15, and how both ended."""
+
+    out: Path
+    ends: list
+
+
+@pytest.fixture(scope="module")
+def terminated(tmp_path_factory, place):
+    out = tmp_path_factory.mktemp("runs") / "terminated"
+    with Pair(place, out, ({}, at(3, signal.SIGTERM))) as pair:
+        return Terminated(out, [pair.ended(number) for number in range(2)])
+
+
+class Alone(NamedTuple):
+    """What one process with one device, which sees the whole batch, makes of a run."""
+
+    losses: np.ndarray  # [STEPS / INTERVAL]
+    state: training.TrainState  # after COMPARED steps
+
+
+@pytest.fixture(scope="module")
+def alone(dataset):
+    """A run by one device, the examples of all batches in the order that is given."""
+    built = functools.cache(lambda settings: distributed.network_and_step(settings, ONE, "jit"))
+
+    def run(order, settings=SETTINGS):
+        network, step = built(settings)
+        state, losses = training.replicate(distributed.start(settings, network, dataset), ONE), []
+        for batch in distributed.batches(settings, dataset, 0):
+            batch = training.spread(jax.tree.map(lambda leaf: leaf[:, order], batch), ONE, scan=True)
+            state, metrics = step(state, batch, jax.random.key(settings.seed))
+            losses.append(np.mean(metrics["loss"]))
+            if len(losses) * INTERVAL == COMPARED:
+                then = jax.device_get(state)
+        return Alone(np.asarray(losses), then)
+
+    return run
+
+
+class Rounding(NamedTuple):
+    """One process with the whole batch, and how far from it rounding alone takes a run: norm-wise, relative."""
+
+    run: Alone
+    losses: float
+    state: dict  # by the leaf's path
+
+
+@pytest.fixture(scope="module")
+def rounding(alone):
+    run = alone(IN_ORDER)
+    others = [alone(np.random.default_rng(seed).permutation(SETTINGS.batch)) for seed in range(PERMUTATIONS)]
+    losses = max(relative(other.losses, run.losses) for other in others)
+    states = [distances(other.state, run.state) for other in others]
+    return Rounding(run, losses, {path: max(state[path] for state in states) for path in states[0]})
+
+
+def relative(actual, expected):
+    return np.max(np.abs(actual / expected - 1))
+
+
+def distances(actual, expected):
+    """{path: norm of the difference over the norm} of the leaves of params and batch_stats."""
+
+    def distance(a, b):
+        return float(np.linalg.norm(np.float64(a) - np.float64(b)) / np.linalg.norm(np.float64(b)))
+
+    found = jax.tree.map(distance, actual.variables, expected.variables)
+    return {jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_leaves_with_path(found)}
+
+
 @pytest.fixture
 def train(monkeypatch, dataset):
     """Training in this process, on eight devices."""
@@ -185,15 +267,19 @@ def train(monkeypatch, dataset):
     return run
 
 
-def assert_same_run(ours, theirs):
-    """The same losses, to rounding: sums over the batch in another order, and what training makes of that."""
-    ours, theirs = rows(ours), rows(theirs)
-    assert (
-        [row["step"] for row in ours] == [row["step"] for row in theirs] == list(range(INTERVAL, STEPS + 1, INTERVAL))
-    )
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-3)
-    np.testing.assert_allclose(ours[0]["loss"], theirs[0]["loss"], rtol=1e-5)
+def assert_same_run(out, rounding):
+    """The losses of one process with the whole batch, to rounding."""
+    assert [row["step"] for row in rows(out)] == list(range(INTERVAL, STEPS + 1, INTERVAL))
+    assert relative(np.asarray([row["loss"] for row in rows(out)]), rounding.run.losses) < SLACK * rounding.losses
+
+
+def assert_same_state(actual, rounding):
+    """The params and batch_stats of one process with the whole batch, to rounding."""
+    found = distances(actual, rounding.run.state)
+    wrong = {
+        path: (value, rounding.state[path]) for path, value in found.items() if value > SLACK * rounding.state[path]
+    }
+    assert not wrong, f"(distance, that of permutations): {wrong}"
 
 
 # What they agree on.
@@ -209,20 +295,38 @@ def test_the_loss_goes_down(undisturbed):
     assert losses[-1] < losses[0] / 2
 
 
+def test_two_processes_hold_what_one_with_the_whole_batch_does(terminated, rounding):
+    like = training.replicate(rounding.run.state, ONE)
+    assert_same_state(snapshots.restore(terminated.out / "checkpoints", COMPARED, like), rounding)
+
+
+def test_two_processes_report_what_one_with_the_whole_batch_does(undisturbed, rounding):
+    assert_same_run(undisturbed[0], rounding)
+
+
 @pytest.mark.parametrize("spread", ["jit", pytest.param("shard_map", marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_with_the_whole_batch_does(spread, undisturbed, tmp_path, train):
+def test_eight_devices_report_what_one_with_the_whole_batch_does(spread, rounding, tmp_path, train):
     train(tmp_path, spread=spread)
-    assert_same_run(tmp_path, undisturbed[0])
+    assert_same_run(tmp_path, rounding)
 
 
-def test_one_process_with_eight_devices_continues_what_two_with_one_each_began(undisturbed, tmp_path, train, capfd):
+def test_statistics_of_half_the_batch_are_far_beyond_rounding(rounding, alone):
+    """Those of a process by itself."""
+    halves = alone(IN_ORDER, SETTINGS._replace(steps=COMPARED, group_size=SETTINGS.batch // 2))
+    for path, distance in distances(halves.state, rounding.run.state).items():
+        assert distance > 1000 * SLACK * rounding.state[path], path
+
+
+def test_one_process_with_eight_devices_continues_what_two_with_one_each_began(
+    undisturbed, rounding, tmp_path, train, capfd
+):
     out = tmp_path / "continued"
     shutil.copytree(undisturbed[0], out)
     shutil.rmtree(out / "checkpoints" / f"step-{STEPS}")
     (out / "checkpoints" / f"step-{STEPS}.json").unlink()
     train(out)
     assert f"continuing from step {STEPS - SAVE_EVERY}" in capfd.readouterr().out
-    assert_same_run(out, undisturbed[0])
+    assert_same_run(out, rounding)
     assert rows(out)[:-2] == rows(undisturbed[0])[:-2]
 
 
@@ -248,14 +352,17 @@ def test_a_killed_process_ends_the_other_and_both_resume_bit_for_bit(undisturbed
     assert (out / "metrics.jsonl").read_text() == (undisturbed[0] / "metrics.jsonl").read_text()
 
 
-def test_sigterm_to_one_saves_and_ends_both_and_a_frozen_one_is_given_up(undisturbed, place, tmp_path):
-    out = tmp_path / "terminated"
-    with Pair(place, out, ({}, at(3, signal.SIGTERM))) as pair:
-        ends = [pair.ended(number) for number in range(2)]
-    assert [status for status, _, _ in ends] == [128 + signal.SIGTERM] * 2, ends
-    for _, said, _ in ends:
+def test_sigterm_to_one_saves_and_ends_both(terminated):
+    assert [status for status, _, _ in terminated.ends] == [128 + signal.SIGTERM] * 2, terminated.ends
+    for _, said, _ in terminated.ends:
         assert "stopped: saved step 15" in said
-    assert sealed(out) == [10, 15]
+    assert sealed(terminated.out) == [10, 15]
+
+
+def test_a_frozen_process_is_given_up(terminated, undisturbed, place, tmp_path):
+    """In a run that continues."""
+    out = tmp_path / "frozen"
+    shutil.copytree(terminated.out, out)
     with Pair(place, out, ({}, at(3, signal.SIGSTOP))) as pair:
         pair.wait_for_state(1, "T")
         status, said, error = pair.ended(0, HEARTBEAT + MARGIN)
@@ -265,7 +372,7 @@ def test_sigterm_to_one_saves_and_ends_both_and_a_frozen_one_is_given_up(undistu
     assert rows(out) == rows(undisturbed[0])[:6]
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(undisturbed, tmp_path, train, monkeypatch):
+def test_ctrl_c_saves_and_the_same_command_continues(rounding, tmp_path, train, monkeypatch):
     """In one process."""
     ask, asked = processes.Terminator.requested, []
 
@@ -283,7 +390,7 @@ def test_ctrl_c_saves_and_the_same_command_continues(undisturbed, tmp_path, trai
     assert signal.getsignal(signal.SIGINT) == before
     assert sealed(tmp_path) == [10, 15]
     train(tmp_path)
-    assert_same_run(tmp_path, undisturbed[0])
+    assert_same_run(tmp_path, rounding)
 
 
 @pytest.mark.slow
