@@ -114,11 +114,17 @@ def report() -> None:
 
 
 @app.command
-def bench(name: Annotated[str, tyro.conf.Positional] = "", aot: str | None = None, program: str = "all") -> None:
-    """Run a benchmark, or list them.
+def bench(
+    name: Annotated[str, tyro.conf.Positional] = "all",
+    json: str | None = None,
+    aot: str | None = None,
+    program: str = "all",
+) -> None:
+    """Run a benchmark or, without a name, all of them: half an hour on two cores.
 
     Args:
-        name: the benchmark; without one they are listed.
+        name: operation (one layer), steps (training steps), grid (many networks at once), memory, or all.
+        json: a file for the record; pictures go beside it.
         aot: TPUs or GPUs, such as v5e:16x16 or h100:8: compile for them and count what it costs, without owning them.
         program: what to compile with --aot: layer, chain, resnet50 (tens of minutes) or all.
     """
@@ -127,11 +133,9 @@ def bench(name: Annotated[str, tyro.conf.Positional] = "", aot: str | None = Non
 
         compile_ahead(aot, program)
         return
-    if not name:
-        for known, entry in registry.BENCHMARKS.items():
-            print(f"{known}: {entry.claim}")
-        return
-    registry.load(registry.BENCHMARKS, name, "benchmark").main()
+    from experiments.bench import run as run_benchmarks
+
+    run_benchmarks(list(registry.BENCHMARKS) if name == "all" else [name], None if json is None else Path(json))
 
 
 def parse_seeds(text: str) -> int:

@@ -6,7 +6,6 @@ Each is compiled for a mesh with one axis, "data", over which statistics are sha
 from collections.abc import Callable
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from experiments.models import Network
+from experiments.peer_layers import Activation, followed_by, linen
 from experiments.resnet import resnet, xla_convolve
 from jaxbn import training
 
@@ -25,44 +25,16 @@ CHAIN_LENGTH = 6
 IMAGES_PER_CHIP = 32
 IMAGE = (224, 224, 3)
 
-Activation = Callable[[jax.Array], jax.Array]
 Arm = Callable[[str | None, Activation | None], jaxbn.Normalizer]  # of an axis name and an activation that follows
-
-
-def flax_batch_norm(*, axis_name: str | None, exact: bool = False) -> jaxbn.Normalizer:
-    """Flax's layer, its variance the mean of squares minus the squared mean, or of deviations (exact)."""
-    layer = nn.BatchNorm(momentum=0.99, axis_name=axis_name, use_fast_variance=not exact)
-
-    def init(key, x):
-        variables = layer.clone(axis_name=None).init(key, jnp.zeros(x.shape, x.dtype), use_running_average=True)
-        return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-
-    def apply(variables, x, *, train):
-        y, moved = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
-        return y.astype(x.dtype), moved["batch_stats"]
-
-    return jaxbn.Normalizer(init, apply)
-
-
-def followed_by(norm: jaxbn.Normalizer, activation: Activation | None) -> jaxbn.Normalizer:
-    """The norm, then the activation."""
-    if activation is None:
-        return norm
-
-    def apply(variables, x, *, train):
-        y, batch_stats = norm.apply(variables, x, train=train)
-        return activation(y), batch_stats
-
-    return jaxbn.Normalizer(norm.init, apply)
 
 
 ARMS: dict[str, Arm] = {
     "none": lambda axis_name, activation: followed_by(jaxbn.identity(), activation),
     "jaxbn": lambda axis_name, activation: followed_by(jaxbn.batch_norm(axis_name=axis_name), activation),
     "jaxbn, fused": lambda axis_name, activation: jaxbn.batch_norm(axis_name=axis_name, activation=activation),
-    "flax": lambda axis_name, activation: followed_by(flax_batch_norm(axis_name=axis_name), activation),
+    "flax": lambda axis_name, activation: followed_by(linen(axis_name=axis_name), activation),
     "flax, exact variance": lambda axis_name, activation: followed_by(
-        flax_batch_norm(axis_name=axis_name, exact=True), activation
+        linen(axis_name=axis_name, exact=True), activation
     ),
 }
 

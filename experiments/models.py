@@ -79,6 +79,32 @@ def conv3x3(features: int, *, stride: int, use_bias: bool) -> Layer:
     return Layer(lambda shape: (3, 3, shape[-1], features), apply, features, use_bias)
 
 
+def conv5x5(features: int, *, padding: str, use_bias: bool) -> Layer:
+    """A 5 x 5 convolution, padding "SAME" or "VALID"; x: [batch, height, width, channels]."""
+
+    def apply(weights: dict, x: Array) -> Array:
+        y = jax.lax.conv_general_dilated(
+            x, weights["kernel"], (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return _add_bias(weights, y)
+
+    return Layer(lambda shape: (5, 5, shape[-1], features), apply, features, use_bias)
+
+
+def after_pooling(layer: Layer) -> Layer:
+    """The layer on the means of 2 x 2 pixels; x: [batch, height, width, channels], height and width even."""
+
+    def pool(x: Array) -> Array:
+        batch, height, width, channels = x.shape
+        return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+    def kernel_shape(shape: Shape) -> Shape:
+        batch, height, width, channels = shape
+        return layer.kernel_shape((batch, height // 2, width // 2, channels))
+
+    return layer._replace(kernel_shape=kernel_shape, apply=lambda weights, x: layer.apply(weights, pool(x)))
+
+
 def patches3x3(x: Array, stride: int) -> Array:
     """The 3 x 3 neighbourhoods of an image, zeros outside: [batch, height / stride, width / stride, 9 channels].
 
@@ -177,3 +203,16 @@ def deep_conv(depth: int, norm: jaxbn.Normalizer, *, use_bias: bool, classes: in
     layers = [conv3x3(4 * i, stride=1 if i % 3 else 2, use_bias=use_bias) for i in range(1, depth + 1)]
     layers.append(dense(100, use_bias=use_bias))
     return stack(layers, dense(classes, use_bias=True), norm, jax.nn.relu, glorot_weights())
+
+
+def lenet(
+    norm: jaxbn.Normalizer, *, use_bias: bool, activation: Callable[[Array], Array], classes: int = 10
+) -> Network:
+    """LeNet-5 for images of 28 x 28: 2 convolutions and means, 3 dense layers (LeCun et al. 1998, section II.B)."""
+    layers = [
+        conv5x5(6, padding="SAME", use_bias=use_bias),
+        after_pooling(conv5x5(16, padding="VALID", use_bias=use_bias)),
+        after_pooling(dense(120, use_bias=use_bias)),
+        dense(84, use_bias=use_bias),
+    ]
+    return stack(layers, dense(classes, use_bias=True), norm, activation, glorot_weights())

@@ -152,7 +152,8 @@ def test_without_pooling_every_microbatch_moves_the_running_statistics():
     for part in range(2):
         rows = jax.tree.map(lambda leaf, first=part: leaf[first::2], FIRST)
         expected = small_network.apply(norm, {**initial(), "batch_stats": expected}, rows)[1]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), fetch(state).batch_stats, expected)
+    found = fetch(state).batch_stats
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found, expected)
 
 
 def test_microbatches_send_twice_a_layer_and_their_gradients_once():
