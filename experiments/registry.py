@@ -45,6 +45,10 @@ EXPERIMENTS: dict[str, Entry] = {
 }
 
 BENCHMARKS: dict[str, Entry] = {
+    "operation": Entry("experiments.bench_operation", "One layer: forward, backward, evaluation; every library."),
+    "steps": Entry(
+        "experiments.bench_steps", "Training steps of an MLP, LeNet and ResNet-20 with every library's layer."
+    ),
     "grid": Entry("experiments.bench_grid", "Training a grid of networks: jaxbn, Flax + optax, torch."),
 }
 
