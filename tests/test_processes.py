@@ -36,8 +36,10 @@ IN_ORDER = np.arange(SETTINGS.batch)
 MARGIN, SECONDS_TO_MEET, SECONDS_FOR_ALL = 30, 30, 240
 # A spread sums over the batch in another order, as one process does when its batch is permuted: so many permutations
 # are measured, and a spread may be off by SLACK times the worst. No ReLU makes more of that: over these steps the input
-# nearest to zero is 3.9e-6 from it, with inputs of size 1 and differences below 1e-6.
+# nearest to zero is 3.9e-6 from it, with inputs of size 1 and differences below 1e-6. And it is another program, in
+# which each of the steps may round its update (two products and a sum) the other way.
 PERMUTATIONS, SLACK = 4, 4
+UPDATES = COMPARED * 3 * 2**-24
 SIGKILLED, SIGABORTED = -signal.SIGKILL, -signal.SIGABRT
 LOST = r"error: process {} of 2 .* one died, froze or lost its connection(.|\n)*What is done is saved in .*:"
 LOST += " start all processes again with the same commands"
@@ -232,6 +234,10 @@ class Rounding(NamedTuple):
     losses: float
     state: dict  # by the leaf's path
 
+    def bound(self, path):
+        """On the distance of another spread's leaf after COMPARED steps."""
+        return SLACK * self.state[path] + UPDATES
+
 
 @pytest.fixture(scope="module")
 def rounding(alone):
@@ -276,10 +282,8 @@ def assert_same_run(out, rounding):
 def assert_same_state(actual, rounding):
     """The params and batch_stats of one process with the whole batch, to rounding."""
     found = distances(actual, rounding.run.state)
-    wrong = {
-        path: (value, rounding.state[path]) for path, value in found.items() if value > SLACK * rounding.state[path]
-    }
-    assert not wrong, f"(distance, that of permutations): {wrong}"
+    wrong = {path: value for path, value in found.items() if value > rounding.bound(path)}
+    assert not wrong, f"{wrong}; permutations: {rounding.state}"
 
 
 # What they agree on.
@@ -314,7 +318,7 @@ def test_statistics_of_half_the_batch_are_far_beyond_rounding(rounding, alone):
     """Those of a process by itself."""
     halves = alone(IN_ORDER, SETTINGS._replace(steps=COMPARED, group_size=SETTINGS.batch // 2))
     for path, distance in distances(halves.state, rounding.run.state).items():
-        assert distance > 1000 * SLACK * rounding.state[path], path
+        assert distance > 500 * rounding.bound(path), path
 
 
 def test_one_process_with_eight_devices_continues_what_two_with_one_each_began(
