@@ -1,20 +1,31 @@
 """Batch normalization, assembled: measure, normalize, update."""
 
-import numbers
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxbn import pooling
-from jaxbn.moments import Across, Measured, canonical_axes, inexact, pool_moments, shared_axes, size_of
+from jaxbn.features import (
+    Initializer,
+    affine_of,
+    check_decay,
+    check_several,
+    checked,
+    feature_shape,
+    reduced_axes,
+    stats_dtype,
+)
+from jaxbn.moments import Across, Measured, inexact, pool_moments, shared_axes
 from jaxbn.normalize import Activation, checked_epsilon, normalize, normalize_by_batch
 from jaxbn.normalizer import Normalizer
-from jaxbn.recording import recordable
+from jaxbn.recording import running_normalizer
 from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
 
-Initializer = Callable[..., jax.Array]
+_SEVERAL = (
+    "Train on more examples, share statistics across devices with axis_name, use train=False, or pass"
+    " allow_single_value=True if that is what you want."
+)
 
 
 def batch_norm(
@@ -82,60 +93,50 @@ def batch_norm(
     """
     _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups)
     shared = shared_axes(axis_name, axis_index_groups)
-
-    learned = ["scale"] * use_scale + ["bias"] * use_bias
+    affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
     def init(key, x):
-        shape = _feature_shape(x, feature_axis)
-        scale_key, bias_key = jax.random.split(key)
-        params = {}
-        if use_scale:
-            params["scale"] = scale_init(scale_key, shape, param_dtype)
-        if use_bias:
-            params["bias"] = bias_init(bias_key, shape, param_dtype)
-        stats_dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return {
-            "params": params,
-            "batch_stats": init_batch_stats(shape, stats_dtype, decay=decay, debias=debias),
-        }
+        shape = feature_shape(x, feature_axis)
+        batch_stats = init_batch_stats(shape, stats_dtype(x), decay=decay, debias=debias)
+        return {"params": affine.init(key, shape), "batch_stats": batch_stats}
 
     def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
         del rng
         x = inexact(x)
-        params, batch_stats = _checked(variables, x, feature_axis, train, learned)
-        held = variables["batch_stats"]
-        axes = _reduced_axes(x.ndim, feature_axis)
+        shape, axes = feature_shape(x, feature_axis), reduced_axes(x.ndim, feature_axis)
+        kept = dict.fromkeys(variables.get("batch_stats", ()), shape)
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), kept)
+        scale, bias = params.get("scale"), params.get("bias")
         out = dict(epsilon=epsilon, activation=activation, dtype=dtype)
-        affine = params.get("scale"), params.get("bias")
         if not train:
             mean, var = running_moments(batch_stats, debias=debias)
-            return normalize(x, mean, var, *affine, axis=axes, residual=residual, **out), held
+            return normalize(x, mean, var, scale, bias, axis=axes, residual=residual, **out), None
         across, ghosts = _scope(shared, x.shape, axes, group_size)
-        values = (size_of(x.shape, axes) if ghosts is None else ghosts * size_of(x.shape, axes[1:])) * across.size()
-        if not allow_single_value and values == 1:
-            raise ValueError(_single_value(x, axes, group_size, feature_axis))
+        if not allow_single_value:
+            check_several(x, axes, across, f"feature_axis={feature_axis} keeps the others. {_SEVERAL}", ghosts)
         batch = dict(where=where, weights=weights, residual=residual)
         if ghosts is None:
             guess = _guess(batch_stats, x, debias)
-            y, measured = normalize_by_batch(x, *affine, axis=axes, across=across, guess=guess, **batch, **out)
+            y, measured = normalize_by_batch(x, scale, bias, axis=axes, across=across, guess=guess, **batch, **out)
         else:
-            y, measured = _ghost(x, affine, axes, ghosts, batch, out)
+            y, measured = _ghost(x, scale, bias, axes, ghosts, batch, out)
         batch_axis = None if ghosts is None else axes[0]
-        measured = _pooled(jax.lax.stop_gradient(measured), shared, across, pool_axis_name, batch_axis)
-        rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
-        return y, pooling.move(held, measured, lambda *old_and_moments: update_batch_stats(*old_and_moments, **rule))
+        return y, _pooled(jax.lax.stop_gradient(measured), shared, across, pool_axis_name, batch_axis)
 
-    everyone = (*_names(axis_name), *_names(pool_axis_name))
-    return recordable(Normalizer(init, apply), feature_axis=feature_axis, axis_name=everyone)
+    rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
+    update = partial(update_batch_stats, **rule)
+    everyone = Across((*_names(axis_name), *_names(pool_axis_name)) or None)
+    return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, across=everyone)
 
 
 def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
     """The shards that share mean and var, and how many examples of a shard do, or None for all of them."""
+    shards = shared.size()  # ValueError where the axis is not bound.
     if group_size is None:
         return shared, None
     if not axes:
         raise ValueError(f"group_size={group_size} splits the examples of x, which has shape {shape} and none.")
-    batch, shards = shape[axes[0]], shared.size()
+    batch = shape[axes[0]]
     if batch and group_size % batch == 0 and shards % (group_size // batch) == 0:
         run = group_size // batch
         if run in (1, shards):
@@ -153,11 +154,11 @@ def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
 def _guess(batch_stats, x, debias):
     """Running mean in the dtype that x is measured in."""
     mean, _ = running_moments(batch_stats, debias=debias)
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = stats_dtype(x)
     return (mean if jnp.issubdtype(dtype, jnp.complexfloating) else mean.real).astype(dtype)
 
 
-def _ghost(x, affine, axes, group_size, batch, out) -> tuple[jax.Array, Measured]:
+def _ghost(x, scale, bias, axes, group_size, batch, out) -> tuple[jax.Array, Measured]:
     """Split the batch axis into [groups, group_size] and normalize each group by itself."""
     batch_axis = axes[0]
 
@@ -170,10 +171,10 @@ def _ghost(x, affine, axes, group_size, batch, out) -> tuple[jax.Array, Measured
         return v.reshape(v.shape[:batch_axis] + groups + v.shape[batch_axis + 1 :])
 
     # The group axis takes the batch axis's place and counts as a feature axis; the rest moves up by one.
-    inner_axes = tuple(axis + 1 for axis in axes)
-    affine = (None if v is None else jnp.expand_dims(v, batch_axis) for v in affine)
+    how = dict(axis=tuple(axis + 1 for axis in axes), across=Across(branch=False))
+    scale, bias = (None if v is None else jnp.expand_dims(v, batch_axis) for v in (scale, bias))
     batch = {name: split(v) for name, v in batch.items()}
-    y, measured = normalize_by_batch(split(x), *affine, axis=inner_axes, across=Across(branch=False), **batch, **out)
+    y, measured = normalize_by_batch(split(x), scale, bias, **how, **batch, **out)
     return y.reshape(x.shape), measured
 
 
@@ -193,38 +194,8 @@ def _names(axis_name):
     return () if axis_name is None else axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
-def _reduced_axes(ndim, feature_axis):
-    kept = canonical_axes(feature_axis, ndim, "feature_axis")
-    return tuple(axis for axis in range(ndim) if axis not in kept)
-
-
-def _feature_shape(x, feature_axis):
-    return tuple(x.shape[axis] for axis in canonical_axes(feature_axis, len(x.shape), "feature_axis"))
-
-
-def _checked(variables, x, feature_axis, train, learned):
-    if not isinstance(train, bool | np.bool_):
-        raise TypeError(f"train={train!r}; expected True or False, known at trace time: mark it static under jit.")
-    if "batch_stats" not in variables:
-        raise ValueError(f"variables has {sorted(variables)}; expected what init returned: 'params' and 'batch_stats'.")
-    shape = _feature_shape(x, feature_axis)
-    params, batch_stats = variables.get("params", {}), pooling.running_part(variables["batch_stats"], shape)
-    if set(params) != set(learned):
-        raise ValueError(
-            f"params has {sorted(params)}; expected {learned}: what init made with these use_scale, use_bias."
-        )
-    for name, value in {**params, **batch_stats}.items():
-        if jnp.shape(value) != shape:
-            raise ValueError(
-                f"{name} has shape {jnp.shape(value)} but x of shape {x.shape} has features of shape {shape} along"
-                f" feature_axis={feature_axis}; pass x of the shape that init saw, or init for this one."
-            )
-    return params, batch_stats
-
-
 def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups):
-    if isinstance(decay, numbers.Real) and not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay}; expected 0 to 1, the share of the old statistics (1 - torch's momentum).")
+    check_decay(decay)
     checked_epsilon(epsilon)
     if debias and decay is None:
         raise ValueError("debias=True with decay=None: a plain average of all batches has no bias; leave debias out.")
@@ -232,14 +203,3 @@ def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups
         raise ValueError(f"group_size={group_size}; expected at least 1 example a group, or None for no groups.")
     if group_size is not None and axis_index_groups is not None:
         raise ValueError("group_size and axis_index_groups both choose who shares statistics; pass one of them.")
-
-
-def _single_value(x, axes, group_size, feature_axis):
-    scope = (
-        f"in groups of {group_size}" if group_size else f"over axes {axes}, which feature_axis={feature_axis} leaves"
-    )
-    return (
-        f"x of shape {x.shape} has one value per feature {scope}: its variance is 0 and y the bias whatever x is."
-        " Train on more examples, share statistics across devices with axis_name, use train=False, or pass"
-        " allow_single_value=True if that is what you want."
-    )

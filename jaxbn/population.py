@@ -45,7 +45,7 @@ def population_statistics(
     Args:
       apply: apply(variables, batch) -> moved batch_stats, the network in training mode; jit it for speed. In linen:
         `lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]`. Its layers are
-        `batch_norm`, the `BatchNorm` shells on it, or any normalizer made `recordable`.
+        jaxbn's normalizers and modules, or made `recordable`.
       variables: {"params", "batch_stats", ...}; params as trained, or averaged over steps (EMA, SWA).
       batches: what `apply` takes, one after the other; with layer_by_layer something that can be iterated again.
       layer_by_layer: see above.
@@ -58,7 +58,7 @@ def population_statistics(
       there is one, is 1.
 
     Raises:
-      TypeError: a layer does not record: it is not jaxbn's, or not `recordable`.
+      TypeError: a layer does not record: it is neither jaxbn's nor made `recordable`.
       ValueError: no layers, no batches, statistics that are not finite, nothing recorded (apply not in training mode),
         batches that can be read only once, or layers that do not settle within max_passes.
     """
@@ -125,7 +125,7 @@ def _read(records: Layers, moved: Layers, by_running) -> dict[str, Moments]:
     read = {}
     for path, record in records.items():
         mean, var = (_rows(path, name, record, moved.get(path, {}), by_running) for name in ("mean", "var"))
-        read[path] = Moments(var[..., 2].real, mean[..., 1] + mean[..., 2], var[..., 1].real)
+        read[path] = Moments(mean[..., 3].real, mean[..., 1] + mean[..., 2], var[..., 1].real)
     return read
 
 
@@ -134,9 +134,9 @@ def _rows(path, name, record, moved, by_running):
     if rows.shape != start.shape or not np.array_equal(rows[..., 0], start[..., 0], equal_nan=True):
         raise TypeError(
             f"layer {path!r} did not record: a record of shape {start.shape} went in as its {name}, and what came back"
-            f" has shape {rows.shape} or a running value that moved. The layer has to be jaxbn.batch_norm, a BatchNorm"
-            " of jaxbn.linen or jaxbn.nnx, or made jaxbn.recordable; and apply has to return the moved batch_stats"
-            " alone, in linen apply(..., mutable=['batch_stats'])[1]['batch_stats']."
+            f" has shape {rows.shape} or a running value that moved. The layer has to be a normalizer or a module of"
+            " jaxbn, or made jaxbn.recordable; and apply has to return the moved batch_stats alone, in linen"
+            " apply(..., mutable=['batch_stats'])[1]['batch_stats']."
         )
     rows = rows[..., 0, :] if by_running else rows
     return rows.astype(np.result_type(rows, np.float64))

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from jaxbn.normalize import varying_axes
-from jaxbn.pooling import finish_pooling, start_pooling
+from jaxbn.recording import finish_pooling, start_pooling
 
 Axis = Hashable | tuple[Hashable, ...]
 
@@ -140,7 +140,7 @@ def _accumulate(loss, how, microbatches, pool, state, batch, rng):
     sums = how.apart(jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), sums))
     start = how.apart(jax.tree.map(jnp.zeros_like, params)), sums, batch_stats
     (gradient, sums, batch_stats), _ = lax.scan(one, start, (jnp.arange(microbatches), parts))
-    batch_stats = finish_pooling(batch_stats) if pool else batch_stats
+    batch_stats = finish_pooling(batch_stats, state.batch_stats) if pool else batch_stats
     total, weight, more = sums
     return gradient, Outcome(total, weight, batch_stats, more)
 

@@ -105,8 +105,8 @@ def shard_map_step(
       axis: name of the mesh axis, or a tuple of them, over which batches are spread.
       microbatches: into how many parts each shard's examples are cut, one after the other in memory: every n-th example
         makes one. Gradients are summed, and the gradients of all shards meet once.
-      pool: whether the moments of all microbatches are pooled and the running statistics moved once, by
-        `jaxbn.pooling`. False moves them once a microbatch, which normalizers other than `batch_norm` need.
+      pool: whether the moments of all microbatches are pooled and the running statistics moved once. False moves them
+        once a microbatch, which `whitening_norm` and layers that are not jaxbn's need.
       scan: a dispatch runs many steps: leaves of its batch are [steps, examples, ...], metrics [steps].
 
     Returns:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn.batch_norm import batch_norm
+from jaxbn.features import Activation, Initializer, feature_shape, reduced_axes, scale_shift, stats_dtype
 from jaxbn.moments import inexact
 from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import Activation, Initializer, feature_shape, reduced_axes, scale_shift, stats_dtype
 
 
 def conditional_batch_norm(

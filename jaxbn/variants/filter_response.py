@@ -5,19 +5,19 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxbn.moments import canonical_axes, combined_weights, inexact, shared_axes, size_of
-from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import (
+from jaxbn.features import (
     Activation,
     Initializer,
     affine_of,
     along,
-    check_epsilon,
     checked,
     feature_shape,
     reduced_axes,
     scale_shift,
 )
+from jaxbn.moments import canonical_axes, combined_weights, inexact, shared_axes, size_of
+from jaxbn.normalize import checked_epsilon
+from jaxbn.normalizer import Normalizer
 from jaxbn.variants.root_mean_square import root_mean_square_normalize
 
 _NAMES = ("scale", "bias", "threshold", "epsilon")
@@ -72,7 +72,7 @@ def filter_response_norm(
     Raises:
       ValueError: a negative epsilon; and from apply, one position without learn_epsilon, or params of another shape.
     """
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
     def init(key, x):
@@ -89,8 +89,9 @@ def filter_response_norm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        shapes = affine.shapes(shape) | ({"threshold": shape} if use_threshold else {})
-        params, batch_stats = checked(variables, x, train, shapes | ({"epsilon": shape} if learn_epsilon else {}), {})
+        more = ["threshold"] * use_threshold + ["epsilon"] * learn_epsilon
+        shapes = affine.shapes(shape) | dict.fromkeys(more, shape)
+        params, batch_stats = checked(variables, x, train, feature_axis, shapes, {})
         scale, bias, threshold, learnt = (along(params.get(name), x.ndim, feature_axis) for name in _NAMES)
         features = canonical_axes(feature_axis, x.ndim, "feature_axis")
         batch = canonical_axes(batch_axis, x.ndim, "batch_axis")

@@ -5,15 +5,11 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxbn.moments import canonical_axes, combined_weights, inexact, shared_axes
-from jaxbn.normalize import batch_normalize
-from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import (
+from jaxbn.features import (
     Activation,
     Initializer,
     affine_of,
     along,
-    check_epsilon,
     check_several,
     checked,
     feature_shape,
@@ -21,6 +17,9 @@ from jaxbn.variants.features import (
     scale_shift,
     stats_dtype,
 )
+from jaxbn.moments import canonical_axes, combined_weights, inexact, shared_axes
+from jaxbn.normalize import batch_normalize, checked_epsilon
+from jaxbn.normalizer import Normalizer
 
 
 def group_norm(
@@ -67,7 +66,7 @@ def group_norm(
       ValueError: both or neither of num_groups and group_size, or one below 1; and from init and apply, channels that
         they do not divide, or a single value a group.
     """
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     given = [size for size in (num_groups, group_size) if size is not None]
     if len(given) != 1 or given[0] < 1:
         raise ValueError(f"num_groups={num_groups} and group_size={group_size}; expected one of them, of 1 or more.")
@@ -81,7 +80,7 @@ def group_norm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, affine.shapes(shape), {})
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {})
         (channels,) = canonical_axes(feature_axis, x.ndim, "feature_axis")
         parts = _split(x, channels, _groups(x))
         weights = combined_weights(x, where, weights)

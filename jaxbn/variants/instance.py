@@ -5,19 +5,18 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxbn.moments import canonical_axes, inexact, shared_axes
-from jaxbn.normalize import batch_normalize
-from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import (
+from jaxbn.features import (
     Activation,
     Initializer,
     affine_of,
-    check_epsilon,
     check_several,
     checked,
     feature_shape,
     reduced_axes,
 )
+from jaxbn.moments import canonical_axes, inexact, shared_axes
+from jaxbn.normalize import batch_normalize, checked_epsilon
+from jaxbn.normalizer import Normalizer
 
 
 def instance_norm(
@@ -58,7 +57,7 @@ def instance_norm(
     Raises:
       ValueError: a negative epsilon; and from apply, a single position, or scale and bias of another shape.
     """
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
     def init(key, x):
@@ -69,7 +68,7 @@ def instance_norm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, affine.shapes(shape), {})
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {})
         axes = reduced_axes(x.ndim, _kept(x.ndim))
         check_several(x, axes, shared_axes(axis_name, None))
         scale, bias = (_with_batch(params.get(name), x.ndim) for name in ("scale", "bias"))

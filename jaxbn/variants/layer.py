@@ -5,21 +5,20 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxbn.moments import canonical_axes, inexact, shared_axes
-from jaxbn.normalize import batch_normalize
-from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import (
+from jaxbn.features import (
     Activation,
     Initializer,
     affine_of,
     along,
-    check_epsilon,
     check_several,
     checked,
     feature_shape,
     scale_shift,
     stats_dtype,
 )
+from jaxbn.moments import canonical_axes, inexact, shared_axes
+from jaxbn.normalize import batch_normalize, checked_epsilon
+from jaxbn.normalizer import Normalizer
 
 
 def layer_norm(
@@ -60,7 +59,7 @@ def layer_norm(
     Raises:
       ValueError: a negative epsilon; and from apply, one value to normalize over, or scale and bias of another shape.
     """
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
     feature_axis = axis if feature_axis is None else feature_axis
 
@@ -72,7 +71,7 @@ def layer_norm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, affine.shapes(shape), {})
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {})
         axes = canonical_axes(axis, x.ndim)
         check_several(x, axes, shared_axes(axis_name, None))
         batch = dict(where=where, weights=weights, axis_name=axis_name)

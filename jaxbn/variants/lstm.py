@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn.features import Initializer, stats_dtype
 from jaxbn.moments import inexact
-from jaxbn.variants.features import Initializer, stats_dtype
 from jaxbn.variants.recurrent import recurrent_batch_norm
 
 

@@ -6,16 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn.moments import Across, Moments, canonical_axes, centered, combined_weights, inexact, measure, shared_axes
-from jaxbn.normalizer import Normalizer
-from jaxbn.running import update_batch_stats
-from jaxbn.variants.features import (
+from jaxbn.features import (
     Activation,
     Initializer,
     affine_of,
     along,
     check_decay,
-    check_epsilon,
     check_several,
     checked,
     feature_shape,
@@ -23,6 +19,11 @@ from jaxbn.variants.features import (
     scale_shift,
     stats_dtype,
 )
+from jaxbn.moments import Across, Moments, canonical_axes, centered, combined_weights, inexact, measure, shared_axes
+from jaxbn.normalize import checked_epsilon
+from jaxbn.normalizer import Normalizer
+from jaxbn.recording import running_normalizer
+from jaxbn.running import update_batch_stats
 from jaxbn.variants.root_mean_square import root_mean_square_normalize
 
 
@@ -75,24 +76,24 @@ def mean_only_batch_norm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, affine.shapes(shape), {"mean": shape})
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {"mean": shape})
         axes = reduced_axes(x.ndim, feature_axis)
         if train:
             check_several(x, axes, across, "Train on more examples, or use train=False.")
             measured = measure(x, combined_weights(x, where, weights), axes, across)
             c = centered(x, measured, axes)
-            batch_stats = _update(batch_stats, measured.moments)
         else:
+            measured = None
             c = x - along(lax.stop_gradient(batch_stats["mean"]), x.ndim, feature_axis)
         bias = along(params.get("bias"), x.ndim, feature_axis)
-        return scale_shift(c, None, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
+        return scale_shift(c, None, bias, residual, activation, jnp.dtype(dtype or x.dtype)), measured
 
     def _update(batch_stats, moments):
         # The variance, which may overflow where the mean does not, is nobody's concern here.
         moments = Moments(moments.count, moments.mean, jnp.zeros_like(moments.var))
         return update_batch_stats(batch_stats, moments, decay=decay, skip_nonfinite=skip_nonfinite)
 
-    return Normalizer(init, apply)
+    return running_normalizer(Normalizer(init, apply), _update, feature_axis=feature_axis, across=across)
 
 
 def weight_norm(direction: jax.Array, gain: jax.Array, *, feature_axis: int = -1) -> jax.Array:
@@ -147,7 +148,7 @@ def weight_norm_init(
     Raises:
       ValueError: a negative epsilon.
     """
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     inverse = lax.rsqrt(measured.var + epsilon)
     return (gain * inverse).astype(gain.dtype), ((bias - measured.mean) * inverse).astype(bias.dtype)
 

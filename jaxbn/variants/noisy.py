@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from jaxbn.features import Activation, feature_shape, reduced_axes
 from jaxbn.moments import wide
 from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import Activation, feature_shape, reduced_axes
 
 
 def noisy(

@@ -5,8 +5,9 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxbn.features import along
 from jaxbn.moments import Moments, canonical_axes, moments
-from jaxbn.variants.features import along, check_epsilon
+from jaxbn.normalize import checked_epsilon
 
 
 def penalty(
@@ -37,7 +38,7 @@ def penalty(
     Raises:
       TypeError, ValueError: as `moments`; a negative epsilon.
     """
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     measured = moments(x, axis, where=where, weights=weights, axis_name=axis_name)
     distance = jnp.abs(measured.mean) ** 2 + (jnp.sqrt(measured.var + epsilon) - 1) ** 2
     seen = jnp.broadcast_to(measured.count > 0, distance.shape)
@@ -71,7 +72,7 @@ def renormalize_after_step(
     Raises:
       ValueError: a negative epsilon, or shapes that do not fit.
     """
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     (axis,) = canonical_axes(feature_axis, kernel.ndim, "feature_axis")
     features = (kernel.shape[axis],)
     for name, value in (("bias", bias), ("measured.mean", measured.mean), ("measured.var", measured.var)):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn.batch_norm import batch_norm
+from jaxbn.features import Initializer
 from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import Initializer
 
 _TENTH = jax.nn.initializers.constant(0.1)
 
@@ -47,7 +47,7 @@ def recurrent_batch_norm(max_length: int, *, scale_init: Initializer = _TENTH, *
             raise ValueError(f"step={step!r}; recurrent_batch_norm needs step=, the time step as an integer scalar.")
         batch_stats = dict(variables["batch_stats"])
         length = batch_stats.pop("length")
-        row = jnp.clip(step, 0, max_length - 1 if train else jnp.maximum(length, 1) - 1)
+        row = jnp.clip(step, 0, max_length - 1 if train else jnp.maximum(jnp.ravel(length)[0], 1) - 1)
         here = {"params": variables.get("params", {}), "batch_stats": {n: v[row] for n, v in batch_stats.items()}}
         arguments = dict(where=where, weights=weights, rng=rng, residual=residual)
         y, moved = norm.apply(here, x, train=train, **arguments)

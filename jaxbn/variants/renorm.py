@@ -6,16 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn.moments import inexact, shared_axes
-from jaxbn.normalize import batch_normalize, normalize
-from jaxbn.normalizer import Normalizer
-from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
-from jaxbn.variants.features import (
+from jaxbn.features import (
     Activation,
     Initializer,
     affine_of,
     check_decay,
-    check_epsilon,
     check_several,
     checked,
     feature_shape,
@@ -23,6 +18,11 @@ from jaxbn.variants.features import (
     scale_shift,
     stats_dtype,
 )
+from jaxbn.moments import inexact, shared_axes
+from jaxbn.normalize import checked_epsilon, normalize, normalize_by_batch
+from jaxbn.normalizer import Normalizer
+from jaxbn.recording import running_normalizer
+from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
 
 Limit = float | Callable[[jax.Array], jax.Array]
 
@@ -97,7 +97,7 @@ def batch_renorm(
         that do not fit, or one value per feature.
     """
     check_decay(decay)
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     _check_limits(r_max, d_max, warmup_steps)
     across = shared_axes(axis_name, axis_index_groups)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
@@ -111,25 +111,25 @@ def batch_renorm(
         del rng
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, affine.shapes(shape), _kept(shape))
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), _kept(shape))
         axes = reduced_axes(x.ndim, feature_axis)
         scale, bias = params.get("scale"), params.get("bias")
         if not train:
             out = dict(epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
-            return normalize(x, *running_moments(batch_stats), scale, bias, axis=axes, **out), batch_stats
+            return normalize(x, *running_moments(batch_stats), scale, bias, axis=axes, **out), None
         if not allow_single_value:
             check_several(x, axes, across, "Train on more examples, or pass allow_single_value=True.")
-        sharing = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
-        batch = dict(where=where, weights=weights, dtype=stats_dtype(x))
-        xhat, moments = batch_normalize(x, axis=axes, epsilon=epsilon, **batch, **sharing)
+        batch = dict(where=where, weights=weights, dtype=stats_dtype(x), activation=None, residual=None)
+        xhat, rows = normalize_by_batch(x, None, None, axis=axes, epsilon=epsilon, across=across, **batch)
+        measured = across.own(rows)
         limits = _limits(batch_stats["step"] if step is None else step)
-        r, d = _correction(batch_stats, moments, *limits, epsilon)
+        r, d = _correction(batch_stats, measured.moments, *limits, epsilon)
         # scale * (xhat r + d) + bias, as one multiplication and one addition for each element.
         gain, shift = (r, d) if scale is None else (scale * r, scale * d)
         shift = shift if bias is None else shift + bias
         gain, shift = (jnp.expand_dims(v, axes) for v in (gain, shift))
         y = scale_shift(xhat, gain, shift, residual, activation, jnp.dtype(dtype or x.dtype))
-        return y, _update(batch_stats, moments)
+        return y, measured
 
     def _kept(shape):
         return dict.fromkeys(("mean", "var") if decay is not None else ("mean", "var", "weight"), shape) | {"step": ()}
@@ -147,7 +147,7 @@ def batch_renorm(
         moved = update_batch_stats(running, moments, decay=decay, skip_nonfinite=skip_nonfinite)
         return moved | {"step": batch_stats["step"] + accept.astype(jnp.int32)}
 
-    return Normalizer(init, apply)
+    return running_normalizer(Normalizer(init, apply), _update, feature_axis=feature_axis, across=across)
 
 
 def _correction(batch_stats, moments, r_max, d_max, epsilon):

@@ -7,6 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn.features import (
+    Activation,
+    Initializer,
+    affine_of,
+    along,
+    checked,
+    feature_shape,
+    scale_shift,
+)
 from jaxbn.moments import (
     Across,
     canonical_axes,
@@ -18,17 +27,8 @@ from jaxbn.moments import (
     weighted_sum,
     wide,
 )
+from jaxbn.normalize import checked_epsilon
 from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import (
-    Activation,
-    Initializer,
-    affine_of,
-    along,
-    check_epsilon,
-    checked,
-    feature_shape,
-    scale_shift,
-)
 
 # Squares are summed of x / 1024, which is exact, so that the sum over millions of values of 1e18 stays in float32.
 _ROOM = 2.0**-10
@@ -68,7 +68,7 @@ def rms_norm(
     Raises:
       ValueError: a negative epsilon; and from apply, a scale of another shape.
     """
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     affine = affine_of(use_scale, False, scale_init, jax.nn.initializers.zeros, param_dtype)
     feature_axis = axis if feature_axis is None else feature_axis
 
@@ -80,7 +80,7 @@ def rms_norm(
         del rng
         x = inexact(x)
         shapes = affine.shapes(feature_shape(x, feature_axis))
-        params, batch_stats = checked(variables, x, train, shapes, {})
+        params, batch_stats = checked(variables, x, train, feature_axis, shapes, {})
         weights = combined_weights(x, where, weights)
         axes = canonical_axes(axis, x.ndim)
         xhat = root_mean_square_normalize(x, jnp.asarray(epsilon), weights, axes, shared_axes(axis_name, None))

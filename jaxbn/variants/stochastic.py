@@ -1,27 +1,28 @@
 """Monte Carlo batch normalization: the noise of the batch kept at test time, for uncertainty."""
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn.moments import inexact, shared_axes
-from jaxbn.normalize import batch_normalize, normalize
-from jaxbn.normalizer import Normalizer
-from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
-from jaxbn.variants.features import (
+from jaxbn.features import (
     Activation,
     Initializer,
     affine_of,
     check_decay,
-    check_epsilon,
     check_several,
     checked,
     feature_shape,
     reduced_axes,
     stats_dtype,
 )
+from jaxbn.moments import inexact, shared_axes
+from jaxbn.normalize import checked_epsilon, normalize, normalize_by_batch
+from jaxbn.normalizer import Normalizer
+from jaxbn.recording import running_normalizer
+from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
 
 
 def stochastic_batch_norm(
@@ -73,7 +74,7 @@ def stochastic_batch_norm(
         or one value per feature in training.
     """
     check_decay(decay)
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     if bank_size < 1:
         raise ValueError(f"bank_size={bank_size}; expected room for at least 1 batch.")
     across = shared_axes(axis_name, axis_index_groups)
@@ -89,23 +90,24 @@ def stochastic_batch_norm(
     def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, affine.shapes(shape), _kept(shape))
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), _kept(shape))
         axes = reduced_axes(x.ndim, feature_axis)
         scale, bias = params.get("scale"), params.get("bias")
         out = dict(epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
         if not train:
             mean, var = running_moments(batch_stats) if rng is None else _draw(batch_stats, rng, bank_size)
-            return normalize(x, mean, var, scale, bias, axis=axes, **out), batch_stats
+            return normalize(x, mean, var, scale, bias, axis=axes, **out), None
         check_several(x, axes, across, "Train on more examples, or use train=False.")
-        sharing = dict(axis_name=axis_name, axis_index_groups=axis_index_groups)
-        y, moments = batch_normalize(x, scale, bias, axis=axes, where=where, weights=weights, **sharing, **out)
-        return y, _record(batch_stats, lax.stop_gradient(moments), decay, bank_size)
+        batch = dict(where=where, weights=weights, across=across)
+        y, rows = normalize_by_batch(x, scale, bias, axis=axes, **batch, **out)
+        return y, across.own(rows)
 
     def _kept(shape):
         running = dict.fromkeys(("mean", "var") if decay is not None else ("mean", "var", "weight"), shape)
         return running | dict.fromkeys(("mean_bank", "var_bank"), (bank_size, *shape)) | {"step": ()}
 
-    return Normalizer(init, apply)
+    update = partial(_record, decay=decay, bank_size=bank_size)
+    return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, across=across)
 
 
 def _draw(batch_stats, rng, bank_size):
@@ -116,8 +118,9 @@ def _draw(batch_stats, rng, bank_size):
     return tuple(jnp.where(recorded == 0, running, bank[slot]) for running, bank in pairs)
 
 
-def _record(batch_stats, moments, decay, bank_size):
+def _record(batch_stats, moments, *, decay, bank_size):
     """Move the running statistics, and write the moments over the oldest in the bank; a bad batch does neither."""
+    batch_stats, moments = lax.stop_gradient((batch_stats, moments))
     running = {name: batch_stats[name] for name in ("mean", "var", "weight") if name in batch_stats}
     finite = jnp.all(jnp.isfinite(moments.mean)) & jnp.all(jnp.isfinite(moments.var))
     accept = finite & jnp.all(moments.count > 0)
@@ -131,4 +134,4 @@ def _record(batch_stats, moments, decay, bank_size):
         "var_bank": write(batch_stats["var_bank"], moments.var),
         "step": batch_stats["step"] + accept.astype(jnp.int32),
     }
-    return update_batch_stats(running, moments, decay=decay) | lax.stop_gradient(bank)
+    return update_batch_stats(running, moments, decay=decay) | bank

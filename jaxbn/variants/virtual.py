@@ -7,6 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn.features import (
+    Activation,
+    Initializer,
+    affine_of,
+    along,
+    checked,
+    feature_shape,
+    reduced_axes,
+    scale_shift,
+    stats_dtype,
+)
 from jaxbn.moments import (
     Measured,
     Moments,
@@ -17,18 +28,13 @@ from jaxbn.moments import (
     merge_moments,
     shared_axes,
 )
+from jaxbn.normalize import checked_epsilon
 from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import (
-    Activation,
-    Initializer,
-    affine_of,
-    along,
-    check_epsilon,
-    checked,
-    feature_shape,
-    reduced_axes,
-    scale_shift,
-    stats_dtype,
+from jaxbn.recording import unrecordable
+
+_NO_RECORD = (
+    "virtual_batch_norm keeps moments of its reference batch, not of the data: there are no population statistics of"
+    " it, and microbatches would part the reference batch. Train with microbatches=1."
 )
 
 
@@ -75,7 +81,7 @@ def virtual_batch_norm(
       ValueError: reference_size below 2, a negative epsilon; and from apply, shapes that do not fit or, in training,
         a batch shorter than that.
     """
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     if reference_size < 2:
         raise ValueError(f"reference_size={reference_size}; expected at least 2 examples: one has no variance.")
     across = shared_axes(axis_name, None)
@@ -93,7 +99,7 @@ def virtual_batch_norm(
         x = inexact(x)
         shape = feature_shape(x, feature_axis)
         kept = dict.fromkeys(("mean", "var", "count"), shape)
-        params, batch_stats = checked(variables, x, train, affine.shapes(shape), kept)
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), kept)
         if 0 not in reduced_axes(x.ndim, feature_axis):
             raise ValueError(f"feature_axis={feature_axis} is the first axis of x, {x.shape}: that is the examples'.")
         weights = combined_weights(x, where, weights)
@@ -135,7 +141,7 @@ def virtual_batch_norm(
         weights = counts.astype(c.real.dtype) if weights is None else weights * counts
         return measure(c, weights, positions, shared_axes(None, None)).moments
 
-    return Normalizer(init, apply)
+    return unrecordable(Normalizer(init, apply), _NO_RECORD)
 
 
 def _part(weights, examples):

@@ -6,15 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn.moments import canonical_axes, centered, combined_weights, inexact, measure, shared_axes
-from jaxbn.normalizer import Normalizer
-from jaxbn.variants.features import (
+from jaxbn.features import (
     Activation,
     Initializer,
     affine_of,
     along,
     check_decay,
-    check_epsilon,
     check_several,
     checked,
     feature_shape,
@@ -22,7 +19,13 @@ from jaxbn.variants.features import (
     scale_shift,
     stats_dtype,
 )
+from jaxbn.moments import canonical_axes, centered, combined_weights, inexact, measure, shared_axes
+from jaxbn.normalize import checked_epsilon
+from jaxbn.normalizer import Normalizer
+from jaxbn.recording import unrecordable
 from jaxbn.variants.inverse_root import inverse_square_root
+
+_NO_RECORD = "whitening_norm does not pool its covariances over microbatches: build the train step with pool=False."
 
 
 def whitening_norm(
@@ -82,7 +85,7 @@ def whitening_norm(
         that does not divide the features, a mask that differs between features, or one value per feature.
     """
     check_decay(decay)
-    check_epsilon(epsilon)
+    checked_epsilon(epsilon)
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size={group_size}; expected at least 1 feature a group, or None for one group.")
     across = shared_axes(axis_name, axis_index_groups)
@@ -101,7 +104,7 @@ def whitening_norm(
             raise TypeError(f"x has dtype {x.dtype}; whitening takes real arrays.")
         shape, (groups, size) = feature_shape(x, feature_axis), _groups(x)
         kept = dict(mean=shape, whitening=(groups, size, size))
-        params, batch_stats = checked(variables, x, train, affine.shapes(shape), kept)
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), kept)
         if train:
             check_several(x, reduced_axes(x.ndim, feature_axis), across, "Train on more examples, or use train=False.")
             c, whitening, batch_stats = _measured(batch_stats, x, combined_weights(x, where, weights))
@@ -163,7 +166,7 @@ def whitening_norm(
             )
         return features // size, size
 
-    return Normalizer(init, apply)
+    return unrecordable(Normalizer(init, apply), _NO_RECORD)
 
 
 def _product(spec, a, b):

@@ -1,5 +1,6 @@
-"""What every variant does with the features of x: find them, give them a scale and a bias, check them."""
+"""What every normalizer does with the features of x: find them, give them a scale and a bias, check them."""
 
+import numbers
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -41,7 +42,7 @@ class Affine(NamedTuple):
 
 
 def affine_of(use_scale: bool, use_bias: bool, scale_init: Initializer, bias_init: Initializer, dtype) -> Affine:
-    """Affine, from the arguments that every variant has."""
+    """Affine, from the arguments that every normalizer has."""
     return Affine(scale_init if use_scale else None, bias_init if use_bias else None, dtype)
 
 
@@ -92,7 +93,12 @@ def scale_shift(
 
 
 def checked(
-    variables: dict, x: jax.Array, train: bool, params: Shapes, batch_stats: Shapes
+    variables: dict,
+    x: jax.Array,
+    train: bool,
+    feature_axis: int | Sequence[int],
+    params: Shapes,
+    batch_stats: Shapes,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Return params and batch_stats of variables, after checking train, their names and their shapes.
 
@@ -100,6 +106,7 @@ def checked(
       variables: what apply was given.
       x: the array to be normalized.
       train: what apply was given.
+      feature_axis: the axis or axes of x that params and batch_stats belong to.
       params: shape of each entry that params has to have.
       batch_stats: shape of each entry that batch_stats has to have.
 
@@ -120,28 +127,30 @@ def checked(
         for name, shape in expected.items():
             if jnp.shape(held[name]) != shape:
                 raise ValueError(
-                    f"{name} has shape {jnp.shape(held[name])} but x of shape {x.shape} wants {shape}; pass x of the"
-                    " shape that init saw, or init for this one."
+                    f"{name} has shape {jnp.shape(held[name])} but x of shape {x.shape} wants {shape} with"
+                    f" feature_axis={feature_axis}; pass x of the shape that init saw, or init for this one."
                 )
     return found
 
 
-def check_several(x: jax.Array, axes: tuple[int, ...], across: Across = Across(), remedy: str = "") -> None:  # noqa: B008
-    """ValueError where each feature sees a single value, so that y is the bias whatever x is."""
-    if size_of(x.shape, axes) * across.size() == 1:
+def check_several(
+    x: jax.Array,
+    axes: tuple[int, ...],
+    across: Across,
+    remedy: str = "Normalize over more axes, or share statistics with axis_name.",
+    group_size: int | None = None,
+) -> None:
+    """ValueError where each feature sees a single value, in groups of examples if so, and y is the bias whatever x."""
+    values = size_of(x.shape, axes) if group_size is None else group_size * size_of(x.shape, axes[1:])
+    if values * across.size() == 1:
+        groups = "" if group_size is None else f" in groups of {group_size}"
         raise ValueError(
-            f"x of shape {x.shape} has one value per feature over axes {axes}: its variance is 0 and y the bias"
-            f" whatever x is. {remedy or 'Normalize over more axes, or share statistics with axis_name.'}"
+            f"x of shape {x.shape} has one value per feature over axes {axes}{groups}: its variance is 0 and y the bias"
+            f" whatever x is. {remedy}"
         )
 
 
-def check_epsilon(epsilon: float) -> None:
-    """ValueError unless epsilon is a finite number of at least 0."""
-    if not 0 <= epsilon < float("inf"):
-        raise ValueError(f"epsilon={epsilon}; expected a finite number of at least 0, such as 1e-5.")
-
-
-def check_decay(decay: float | None) -> None:
-    """ValueError unless decay is None or a share."""
-    if decay is not None and not 0 <= decay <= 1:
+def check_decay(decay: float | jax.Array | None) -> None:
+    """ValueError unless decay is None, traced or a share."""
+    if isinstance(decay, numbers.Real) and not 0 <= decay <= 1:
         raise ValueError(f"decay={decay}; expected 0 to 1, the share of the old statistics (1 - torch's momentum).")
