@@ -12,7 +12,7 @@ An experiment is one module with these names:
 
 The last three are pure functions of the rows, so that a finished run is judged and drawn again without
 training.
-A benchmark is one module with `main(arguments: list[str]) -> None`.
+A benchmark is one module as `experiments.bench` describes.
 """
 
 import importlib
@@ -49,6 +49,7 @@ BENCHMARKS: dict[str, Entry] = {
     "steps": Entry(
         "experiments.bench_steps", "Training steps of an MLP, LeNet and ResNet-20 with every library's layer."
     ),
+    "memory": Entry("experiments.bench_memory", "What is kept for the backward pass, and under a checkpoint policy."),
     "grid": Entry("experiments.bench_grid", "Training a grid of networks: jaxbn, Flax + optax, torch."),
 }
 

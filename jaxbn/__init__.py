@@ -7,6 +7,7 @@ from jaxbn.normalize import batch_normalize, normalize
 from jaxbn.normalizer import Normalizer, identity
 from jaxbn.population import input_moments, population_statistics
 from jaxbn.recording import recordable
+from jaxbn.remat import dots_and_statistics_saveable
 from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
 from jaxbn.variants import (
     LSTMCarry,
@@ -93,6 +94,8 @@ __all__ = [
     # Normalization
     "batch_normalize",
     "normalize",
+    # What a checkpoint around a network keeps
+    "dots_and_statistics_saveable",
     # Running statistics
     "init_batch_stats",
     "update_batch_stats",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn.moments import (
     Across,
@@ -25,6 +26,10 @@ from jaxbn.moments import (
 )
 
 Activation = Callable[[jax.Array], jax.Array]
+
+# By these names the policies of a `jax.checkpoint` know what the derivative rule keeps: vectors, and the input.
+STATISTICS = "jaxbn_statistics"
+INPUT = "jaxbn_input"
 
 
 def normalize(
@@ -171,17 +176,31 @@ def _deviations(x, mean, weights, axes):
 
 @partial(jax.custom_jvp, nondiff_argnums=(6,))
 def _standardize(x, scale, bias, residual, weights, guess, spec):
-    measured = measure_groups(x, weights, guess, spec.axes, spec.across)
+    """The guess as in `measure_groups`, or the statistics themselves, which are then not measured again."""
+    known = isinstance(guess, Measured)
+    measured = guess if known else measure_groups(x, weights, guess, spec.axes, spec.across)
     return _affine(x, measured, scale, bias, residual, weights, spec), measured
 
 
 @_standardize.defjvp
 def _standardize_jvp(spec, primals, tangents):
-    x, scale, bias, residual, weights, _ = primals
-    y, measured = _standardize(*primals, spec)
+    x, scale, bias, residual, weights, guess = primals
+    known = _known_statistics(x, weights, guess, spec)
+    # A checkpoint around all this that saves x would save it again for the one of `_tangent`, were there not a name in
+    # between, which it does not save.
+    x = checkpoint_name(x, INPUT)
+    y, measured = _standardize(x, scale, bias, residual, weights, known, spec)
     dy, dmean, dvar = _tangent(spec, x, scale, bias, residual, weights, measured, *tangents[:4])
     zeros = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
     return (y, measured), (dy, Measured(zeros[0], dmean, zeros[1], dvar))
+
+
+def _known_statistics(x, weights, guess, spec):
+    """Statistics by a name by which checkpoints save them; constants, for `_tangent` differentiates through them."""
+    if isinstance(guess, Measured):
+        return guess
+    x, guess = lax.stop_gradient((x, guess))
+    return checkpoint_name(measure_groups(x, weights, guess, spec.axes, spec.across), STATISTICS)
 
 
 # Written so that its transpose, which JAX derives, is the least backward pass: two sums of the output's cotangent (they
