@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from jaxbn.cpu import Rows, long_rows, on_cpu, unshared
+
 # The largest |mean - shift| / std at which one pass of sums is kept: squaring loses (1 + ratio**2) roundings of var.
 _MAX_RATIO = 2.0
 # Each new shift leaves at most the rounding error of a sum, so the second is exact and the third only a reserve.
@@ -252,29 +254,6 @@ def _shifted(x, weights, axes, across, shift, in_units=True) -> tuple[Measured, 
     return _from_sums(*_sums(x, shift, unit, weights, axes, across), shift, unit)
 
 
-def _deviation(x, shift, unit, axes, across, sum_number):
-    """(x - shift) / unit for one of the sums over it."""
-    x, shift, unit = unshared((x, shift, unit), sum_number)
-    c = wide(x) if shift is None else wide(x) - jnp.expand_dims(across.own(shift), axes)
-    return c if unit is None else c / jnp.expand_dims(across.own(unit), axes)
-
-
-def unshared(tree, number: int):
-    """The same arrays, which a compiler for CPUs takes for others: one number for each sum over them.
-
-    XLA:CPU converts, subtracts and squares inside a sum, tile by tile, unless another operation uses the converted or
-    the subtracted array too: then it writes that to memory first. Equal barriers are merged, hence the numbers. Other
-    compilers fuse better without.
-    """
-
-    def hide(tree):
-        for _ in range(number):
-            tree = jax.tree.map(lax.optimization_barrier, tree)
-        return tree
-
-    return lax.platform_dependent(tree, cpu=hide, default=lambda tree: tree)
-
-
 def _from_sums(count, first, second, shift, unit) -> tuple[Measured, jax.Array]:
     offset, square = _ratio(first, count), _ratio(second, count)
     lost = square > (1 + _MAX_RATIO**2) * (square - _squared(offset))
@@ -290,16 +269,38 @@ def _from_sums(count, first, second, shift, unit) -> tuple[Measured, jax.Array]:
 
 
 def _sums(x, shift, unit, weights, axes, across):
-    """Count, sum of c and of |c|**2, the last two [features], over axes and shards, in one collective."""
-    c, again = (_deviation(x, shift, unit, axes, across, number) for number in (1, 2))
+    """Count, sum of c = (x - shift) / unit and of |c|**2, the last two [features], over axes and shards, in one go."""
+    shift, unit = (None if v is None else across.own(v) for v in (shift, unit))
+    short = Rows(x.shape, axes)
+    long = long_rows(x.shape, axes) if weights is None else short
+    sums = partial(_local_sums, weights)
+    first, second = on_cpu(partial(sums, long, unshared), partial(sums, short, lambda v, _: v), x, shift, unit)
     if weights is None:
-        count = jnp.asarray(size_of(c.shape, axes) * across.size(), c.real.dtype)
-        first, second = across.total((jnp.sum(c, axes), jnp.sum(_squared(again), axes)))
+        count = jnp.asarray(size_of(x.shape, axes) * across.size(), second.dtype)
+        first, second = across.total((first, second))
         return count if across.groups is None else jnp.broadcast_to(count, second.shape), first, second
-    count = jnp.sum(weights, axes) * size_of(c.shape, [a for a in axes if weights.shape[a] == 1])
-    features = jax.eval_shape(partial(jnp.sum, axis=axes), c).shape
-    count = jnp.broadcast_to(count, features).astype(c.real.dtype)
-    return across.total((count, weighted_sum(c, weights, axes), weighted_sum(_squared(again), weights, axes)))
+    count = jnp.sum(weights, axes) * size_of(x.shape, [a for a in axes if weights.shape[a] == 1])
+    count = jnp.broadcast_to(count, second.shape).astype(second.dtype)
+    return across.total((count, first, second))
+
+
+def _local_sums(weights, rows, apart, x, shift, unit):
+    """Sums of c and |c|**2 over the rows; apart(arrays, number) keeps one sum from sharing them with the other."""
+
+    def deviation(number):
+        part, *vectors = apart((rows.lay(x), shift, unit), number)
+        return _deviation(part, *(None if v is None else rows.spread(v) for v in vectors))
+
+    c, again = deviation(1), _squared(deviation(2))
+    if weights is None:
+        return rows.total(c), rows.total(again)
+    return weighted_sum(c, weights, rows.axes), weighted_sum(again, weights, rows.axes)
+
+
+def _deviation(x, shift, unit):
+    """(x - shift) / unit."""
+    c = wide(x) if shift is None else wide(x) - shift
+    return c if unit is None else c / unit
 
 
 def weighted_sum(values: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
@@ -311,7 +312,7 @@ def weighted_sum(values: jax.Array, weights: jax.Array | None, axes: tuple[int, 
 
 def _peak_unit(x, shift, weights, axes, across):
     """Power of two near the largest |c| of each feature; the shards' peaks are summed, which bounds their maximum."""
-    c = _deviation(x, shift, None, axes, across, 3)
+    c = _deviation(x, jnp.expand_dims(across.own(shift), axes), None)
     size = jnp.abs(c) if weights is None else jnp.where(weights == 0, 0, jnp.abs(c))
     return _unit(across.total(jnp.max(size, axes, initial=0)))
 

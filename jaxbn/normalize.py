@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxbn.cpu import Rows, long_rows, on_cpu, unshared
 from jaxbn.moments import (
     Across,
     Measured,
@@ -21,7 +22,6 @@ from jaxbn.moments import (
     measure_groups,
     shared_axes,
     tangent_means,
-    unshared,
     wide,
 )
 
@@ -153,23 +153,28 @@ class _Spec(NamedTuple):
 
 def _affine(x, measured, scale, bias, residual, weights, spec):
     """The output, from given statistics; one pass over x."""
-    y = _before_activation(x, spec.across.own(measured), scale, bias, residual, weights, spec)
+    own = spec.across.own(measured)
+    gain, offset = _gain_and_offset(own, scale, bias, spec)
+    rows = Rows(x.shape, spec.axes)
+    y = _before_activation(rows, x, own.mean, gain, offset, residual, weights)
     return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype)
 
 
-def _before_activation(x, measured, scale, bias, residual, weights, spec):
-    # Three vectors and no more: compilers for GPUs then recompute this wherever it is used, instead of storing it.
+def _gain_and_offset(measured, scale, bias, spec):
+    """Two vectors beside the mean and no more: compilers for GPUs then recompute y where it is used, not store it."""
     gain = lax.rsqrt(measured.var + spec.epsilon)
     gain = gain if scale is None else scale * gain
-    offset = -measured.remainder * gain if bias is None else bias - measured.remainder * gain
-    c = _deviations(x, measured.mean, weights, spec.axes)
-    y = c * jnp.expand_dims(gain, spec.axes) + jnp.expand_dims(offset, spec.axes)
+    return gain, -measured.remainder * gain if bias is None else bias - measured.remainder * gain
+
+
+def _before_activation(rows, x, mean, gain, offset, residual, weights):
+    y = _deviations(rows, x, mean, weights) * rows.spread(gain) + rows.spread(offset)
     return y if residual is None else y + wide(residual)
 
 
-def _deviations(x, mean, weights, axes):
+def _deviations(rows, x, mean, weights):
     """X minus its mean as one float; what rounding that lost is made good by vectors."""
-    c = wide(x) - jnp.expand_dims(mean, axes)
+    c = wide(x) - rows.spread(mean)
     # Padding may hold anything, and a NaN in y would come back in every gradient: times a cotangent of 0 it is NaN.
     return c if weights is None else jnp.where((weights == 0) & ~jnp.isfinite(c), 0, c)
 
@@ -213,8 +218,9 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
     axes, own, row = spec.axes, spec.across.own, spec.across.row
     rstd = lax.rsqrt(measured.var + spec.epsilon)
     gain = rstd if scale is None else row(scale) * rstd
-    x_once, mean, unit = unshared((x, own(measured.mean), own(rstd)), 4)
-    c = _deviations(x_once, mean, weights, axes) * jnp.expand_dims(unit, axes)
+    rows = Rows(x.shape, axes)
+    x_once, mean, unit = _apart((x, own(measured.mean), own(rstd)), 3)
+    c = _deviations(rows, x_once, mean, weights) * rows.spread(unit)
     mean_dx, mean_xhat_dx = tangent_means(wide(dx), c, weights, measured.count, axes, spec.across)
     mean_xhat_dx = mean_xhat_dx - inner(measured.remainder, mean_dx) * rstd
     means = _varying_together(
@@ -225,37 +231,48 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
     gain, shift, slope = own((gain, *_varying_together((shift, slope), spec.across, x)))
     slope = slope * own(rstd)
     shift = shift - slope * own(measured.remainder)
-    x_again, mean = unshared((x, own(measured.mean)), 3)
-    c = _deviations(x_again, mean, weights, axes)
-    dy = jnp.expand_dims(gain, axes) * wide(dx)
-    dy = dy if dresidual is None else dy + wide(dresidual)
-    terms = dy, jnp.broadcast_to(jnp.expand_dims(shift, axes), dy.shape), c * jnp.expand_dims(slope, axes)
-    if spec.activation is None:
-        dy = _rounded_sum(terms, spec.dtype)
-    else:
-        y = _before_activation(x, own(measured), scale, bias, residual, weights, spec)
-        dy = jax.jvp(spec.activation, (y,), (sum(terms),))[1].astype(spec.dtype)
+    statistics = own(measured)
+    vectors = statistics.mean, *_gain_and_offset(statistics, scale, bias, spec), gain, shift, slope
+    dy = _output_tangent(spec, x, residual, weights, vectors, dx, dresidual)
     return dy, mean_dx, 2 * mean_xhat_dx / rstd
 
 
-def _rounded_sum(terms, dtype):
-    """Sum of three arrays in float32, rounded to `dtype`; on a CPU, if that is less than float32, each by itself.
+def _output_tangent(spec, x, residual, weights, vectors, dx, dresidual):
+    """activation'(y) (gain dx + dresidual + shift + slope (x - mean)), y from the first three vectors.
 
-    What the latter transposes to converts the cotangent once for each term, inside the sum that the term transposes to:
-    XLA:CPU then writes no float32 copy of it, and the backward pass takes half the time.
+    On a CPU the terms are kept apart, so that what they transpose to are sums in which XLA:CPU reads cotangent and x
+    as they are; without an activation each is rounded by itself and sums take long rows. Else the cotangent has to be
+    written first, times the derivative of the activation; long rows then gain nothing.
     """
+    short = Rows(x.shape, spec.axes)
+    long = long_rows(x.shape, spec.axes) if weights is None else short
+    change = partial(_change, spec, weights)
+    if spec.activation is None:
+        cpu = partial(change, long, unshared, spec.dtype)
+    else:
+        cpu = partial(change, short, unshared, None)
+    default = partial(change, short, lambda v, _: v, None)
+    return on_cpu(cpu, default, x, residual, vectors, dx, dresidual)
 
-    def each(terms):
-        first, second, third = (term.astype(dtype) for term in terms)
-        return first + unshared(second, 1) + unshared(third, 2)
 
-    if jnp.finfo(dtype).bits >= 32:
-        return sum(terms).astype(dtype)
-    return lax.platform_dependent(terms, cpu=each, default=lambda terms: sum(terms).astype(dtype))
+def _change(spec, weights, rows, apart, term_dtype, x, residual, vectors, dx, dresidual):
+    mean, gain_of_y, offset_of_y, gain, shift, slope = vectors
+    dx, x_apart = wide(rows.lay(dx)), apart((rows.lay(x), mean, slope), 4)
+    first = rows.spread(gain) * dx
+    first = first if dresidual is None else first + wide(rows.lay(dresidual))
+    second = jnp.broadcast_to(rows.spread(shift), dx.shape)
+    third = _deviations(rows, *x_apart[:2], weights) * rows.spread(x_apart[2])
+    terms = (v if term_dtype is None else v.astype(term_dtype) for v in (first, second, third))
+    first, second, third = (apart(v, number) for number, v in enumerate(terms))
+    dy = rows.back(first + second + third)
+    if spec.activation is not None:
+        y = _before_activation(rows, apart(x, 5), mean, gain_of_y, offset_of_y, residual, weights)
+        dy = jax.jvp(spec.activation, (y,), (dy,))[1]
+    return dy.astype(spec.dtype)
 
 
-def _xhat(x, measured, rstd, weights, axes):
-    return _deviations(x, measured, weights, axes) * jnp.expand_dims(rstd, axes)
+def _apart(tree, number):
+    return on_cpu(lambda tree: unshared(tree, number), lambda tree: tree, tree)
 
 
 def _varying_together(tree, across, *others):

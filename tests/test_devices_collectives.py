@@ -61,6 +61,15 @@ def test_forward_sends_two_floats_a_feature_once(spread):
     ]
 
 
+@pytest.mark.parametrize(("spread", "most"), [("jit", 96), ("shard_map", FEATURES)])
+def test_of_few_features_and_many_positions_no_more_than_a_long_row_is_sent_a_sum(spread, most):
+    """XLA:CPU sums rows that lie beside each other; under jit it sends their sums before they are added."""
+    x = np.random.default_rng(0).normal(size=(32, 8, FEATURES)).astype(np.float32)
+    both = sent(spread, jaxbn.batch_norm(**NAMED[spread]), x, gradient=True)
+    assert [c.kind for c in both] == ["all-reduce"] * 2
+    assert max(c.bytes for c in both) <= 2 * most * FLOAT
+
+
 @pytest.mark.parametrize("spread", ["jit", "shard_map"])
 def test_forward_with_a_mask_sends_counts_too_in_the_same_collective(spread):
     (only,) = sent(spread, jaxbn.batch_norm(**NAMED[spread]), X, where=WHERE)

@@ -18,7 +18,7 @@ from oracle import assert_exact, reference
 
 import jaxbn
 
-BATCH, PIXELS, FEATURES, DECAY = 32, 3, 5, 0.75
+BATCH, PIXELS, FEATURES, DECAY = 32, 4, 5, 0.75
 RNG = np.random.default_rng(0)
 SCALE = np.array([1.5, -0.7, 2.0, 0.3, 1.0], np.float32)
 BIAS = np.array([0.0, 1.0, -2.0, 0.5, 0.0], np.float32)

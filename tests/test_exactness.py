@@ -45,6 +45,11 @@ def test_hard_input(name):
 
 
 @pytest.mark.parametrize("name", HARD_INPUTS)
+def test_hard_input_of_many_positions_an_example(name):
+    check(HARD_INPUTS[name].reshape(-1, 8, FEATURES), axis=(0, 1), scale=SCALE, bias=BIAS)
+
+
+@pytest.mark.parametrize("name", HARD_INPUTS)
 def test_hard_input_with_a_mask(name):
     where = np.random.default_rng(3).uniform(size=(ROWS, FEATURES)) > 0.4
     check(HARD_INPUTS[name], axis=0, scale=SCALE, bias=BIAS, where=where)
