@@ -16,6 +16,7 @@ from experiments.errors import UserError
 from experiments.provenance import commit, hardware, provenance
 from experiments.record import write_json
 from experiments.tables import to_rich
+from experiments.timing import keep_freed_memory
 
 
 def run(names: Sequence[str], record: Path | None) -> None:
@@ -26,6 +27,7 @@ def run(names: Sequence[str], record: Path | None) -> None:
     modules = {name: registry.load(registry.BENCHMARKS, name, "benchmark") for name in names}
     if record is not None and not record.parent.is_dir():
         raise UserError(f"--json {record}: there is no directory {record.parent}; make it first")
+    keep_freed_memory()
     console, found = Console(), {}
     for name, module in modules.items():
         found[name] = rows = []

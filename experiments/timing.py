@@ -1,5 +1,6 @@
 """Timing programs against each other: in one process, in turns, so that what else the machine does falls on all."""
 
+import ctypes
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -7,6 +8,21 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 ROUND_SECONDS = 0.02  # a program is repeated within a round until it takes about this long
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, for all libraries alike; without glibc, nothing.
+
+    Else it gives the pages of a large array back and faults for fresh ones at the next call, or not, as the heap
+    happens to lie: up to half the time of a call, on whichever program it falls. To be called before threads start.
+    """
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    for parameter, value in ((trim_threshold, 2**31 - 1), (mmap_threshold, 2**25), (arena_max, 1)):
+        mallopt(parameter, value)
 
 
 def interleaved(programs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:

@@ -118,7 +118,7 @@ def shard_map_step(
       ValueError: the mesh has no such axis; and when traced, a batch that does not divide into shards and microbatches,
         or statistics that differ from shard to shard.
     """
-    shards = _shards(mesh, axis)
+    mesh, shards = _automatic(mesh), _shards(mesh, axis)
     one = partial(advance, loss, optimizer, Spread(axis, True), microbatches, pool)
     parts = _spec(axis, scan)
     spread_out = jax.shard_map(

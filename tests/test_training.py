@@ -210,9 +210,13 @@ def test_the_callers_variables_survive():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(initial()))
 
 
-def test_a_mesh_of_explicit_axes_will_do():
+@pytest.mark.parametrize(
+    ("build", "norm"),
+    [(training.jit_step, jaxbn.batch_norm()), (training.shard_map_step, jaxbn.batch_norm(axis_name="data"))],
+)
+def test_a_mesh_of_explicit_axes_will_do(build, norm):
     mesh = mesh_of(8, types=AxisType.Explicit)
-    step = training.jit_step(small_network.loss_of(jaxbn.batch_norm()), adam(), mesh=mesh)
+    step = build(small_network.loss_of(norm), adam(), mesh=mesh)
     state = training.replicate(start(), mesh)
     for number in range(4):
         batch = training.spread(jax.tree.map(lambda leaf, n=number: leaf[n], BATCHES), mesh)
