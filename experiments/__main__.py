@@ -126,7 +126,7 @@ def bench(
         name: operation (one layer), steps (training steps), grid (many networks at once), memory, or all.
         json: a file for the record; pictures go beside it.
         aot: TPUs or GPUs, such as v5e:16x16 or h100:8: compile for them and count what it costs, without owning them.
-        program: what to compile with --aot: layer, chain, resnet50 (tens of minutes) or all.
+        program: what to compile with --aot: layer, chain, loop, resnet50 (minutes a line) or all.
     """
     if aot is not None:
         from experiments.aot import main as compile_ahead

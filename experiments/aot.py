@@ -2,8 +2,9 @@
 
     python -m experiments bench --aot v5e:2x4 --program layer      # one synchronized layer, 8 TPU chips; a minute
     python -m experiments bench --aot h100:8 --program chain       # convolution, norm, relu, six times, 8 GPUs
-    python -m experiments bench --aot v5e:16x16 --program resnet50 # a train step, 256 chips; tens of minutes an arm
-    python -m experiments bench --aot v5e:16x16                    # all three, the cheap ones first
+    python -m experiments bench --aot v5e:2x2 --program loop       # what a loop over layers keeps
+    python -m experiments bench --aot v5e:16x16 --program resnet50 # a train step, 256 chips; minutes an arm
+    python -m experiments bench --aot v5e:16x16                    # all four, the cheap ones first
 
 prints for jaxbn, for Flax's BatchNorm and without normalization what one device sends, reads, writes and keeps. TPUs
 need the package libtpu, GPUs ("h100:8", "h200:8") JAX's CUDA plugin: `pip install 'jax[cuda12]'`; neither a device.
@@ -18,8 +19,8 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from experiments import aot_programs
-from experiments.aot_programs import ARMS, compile_chain, compile_layer, compile_step
+from experiments import aot_programs, bench_memory
+from experiments.aot_programs import ARMS, compile_chain, compile_layer, compile_loop, compile_step
 from experiments.aot_targets import mesh_of
 from experiments.collectives import collectives
 from experiments.errors import UserError
@@ -78,12 +79,12 @@ def _table(unit, lines):
     """In units of the activation T where there is one, else in GiB."""
     size, label = (GIB, "GiB") if unit is None else (unit, "T")
     heads = "all-reduces", "rare", "KiB sent", f"moved {label}", f"rare {label}", f"on chip {label}", f"kept {label}"
-    print(f"{'norm':34}" + "".join(f"{head:>12}" for head in heads))
+    print(f"{'norm':44}" + "".join(f"{head:>12}" for head in heads))
     for line in lines:
         cost = cost_of(line.compiled())
         volumes = (cost.moved, cost.moved_rarely, cost.on_chip, cost.temporary)
         row = f"{cost.all_reduces:12}{cost.rare:12}{cost.payload / KIB:12.1f}"
-        print(f"{line.norm:34}{row}" + "".join(f"{volume / size:12.3f}" for volume in volumes), flush=True)
+        print(f"{line.norm:44}{row}" + "".join(f"{volume / size:12.3f}" for volume in volumes), flush=True)
 
 
 def layer(mesh: Mesh) -> tuple[str, int, Iterator[Line]]:
@@ -112,6 +113,22 @@ def chain(mesh: Mesh) -> tuple[str, int, Iterator[Line]]:
     return f"{title}; T: {shape} float32, {size / 1e6:.0f} MB", size, lines
 
 
+def loop(mesh: Mesh) -> tuple[str, int, Iterator[Line]]:
+    """Loops over six blocks, each device with a batch of its own: what they keep, without and with the policy."""
+
+    def lines():
+        for first, block in (("convolution", bench_memory.convolve_first), ("norm", bench_memory.norm_first)):
+            for name, norm in bench_memory.NORMS.items():
+                for policy in (False, True):
+                    what = f"{name}, {first} first{', policy' if policy else ''}"
+                    yield Line(what, partial(compile_loop, bench_memory.loop(block, policy), norm(), mesh))
+
+    shape = aot_programs.LOOP
+    size = size_of(shape)
+    title = f"A loop over {bench_memory.BLOCKS} blocks of convolution 3 x 3, norm, relu, gradients"
+    return f"{title}; T: {shape} float32, {size / 1e6:.0f} MB", size, lines()
+
+
 def resnet50(mesh: Mesh) -> tuple[str, None, Iterator[Line]]:
     """A train step of ResNet-50."""
     lines = (Line(arm, partial(compile_step, ARMS[arm]("data", None), mesh)) for arm in ("none", "jaxbn", "flax"))
@@ -119,7 +136,7 @@ def resnet50(mesh: Mesh) -> tuple[str, None, Iterator[Line]]:
     return f"ResNet-50, SGD step, {images} images of 224 x 224, bfloat16 activations", None, lines
 
 
-PROGRAMS = {"layer": layer, "chain": chain, "resnet50": resnet50}  # the cheap ones first
+PROGRAMS = {"layer": layer, "chain": chain, "loop": loop, "resnet50": resnet50}  # the cheap ones first
 
 
 def size_of(shape: tuple[int, ...]) -> int:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
+from experiments import bench_memory
 from experiments.models import Network
 from experiments.peer_layers import Activation, followed_by, linen
 from experiments.resnet import resnet, xla_convolve
@@ -22,6 +23,7 @@ from jaxbn import training
 LAYER = (32, 56, 56, 256)
 CHAIN = (128, 56, 56, 64)
 CHAIN_LENGTH = 6
+LOOP = (32, 56, 56, 128)  # fewer channels a TPU pads
 IMAGES_PER_CHIP = 32
 IMAGE = (224, 224, 3)
 
@@ -92,6 +94,21 @@ def compile_chain(norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = C
     )
     x = _spread(shape, mesh)
     return jax.jit(spread).lower(_whole(params, mesh), x, x).compile()
+
+
+def compile_loop(
+    chain: Callable, norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = LOOP
+) -> jax.stages.Compiled:
+    """Gradients of a chain of `experiments.bench_memory`, the same on every device.
+
+    Args:
+      chain: chain(norm, x, units) -> (y, moved statistics).
+      norm: of its units.
+      mesh: whose devices take the whole batch each.
+      shape: of an activation, float32.
+    """
+    x, units = _whole(bench_memory.arguments(norm, shape), mesh)
+    return bench_memory.compile_gradient(partial(chain, norm), x, units)
 
 
 def compile_step(

@@ -90,14 +90,17 @@ def recorded(chain: Callable, norm: jaxbn.Normalizer, shape: tuple[int, ...]) ->
 
 def temporary_bytes(chain: Callable, norm: jaxbn.Normalizer, shape: tuple[int, ...]) -> int:
     """Bytes that one compiled gradient of <y, dy> allocates while it runs, y that of `chain(x, units)`."""
+    return compile_gradient(chain, *arguments(norm, shape)).memory_analysis().temp_size_in_bytes
+
+
+def compile_gradient(chain: Callable, x: jax.ShapeDtypeStruct, units: dict) -> jax.stages.Compiled:
+    """Gradients of <y, dy> by x and the units, and the moved statistics, y of `chain(x, units) -> (y, moved)`."""
 
     def loss(x, units, dy):
         y, moved = chain(x, units)
         return jnp.vdot(y, dy), moved
 
-    x, units = arguments(norm, shape)
-    gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(x, units, x).compile()
-    return gradient.memory_analysis().temp_size_in_bytes
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(x, units, x).compile()
 
 
 def arguments(norm: jaxbn.Normalizer, shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, dict]:

@@ -112,7 +112,6 @@ def _table(key, rows) -> Table:
         [
             _shape(row.case),
             f"{1e6 * row.seconds[next(iter(row.seconds))]:.0f}",
-            "{:.0f}-{:.0f}".format(*(1e6 * v for v in row.quartiles)),
             f"{row.ours_over[FLAX]:.2f}",
             f"{row.ours_over[row.best]:.2f}",
             row.best,
@@ -123,9 +122,9 @@ def _table(key, rows) -> Table:
         for row in rows
     ]
     columns = [[row.ours_over[FLAX] for row in rows], [row.ours_over[row.best] for row in rows]]
-    body.append(["geometric mean", "", "", *(f"{geometric_mean(column):.2f}" for column in columns), "", "", "", ""])
+    body.append(["geometric mean", "", *(f"{geometric_mean(column):.2f}" for column in columns), "", "", "", ""])
     title = f"{mode}{', relu' if relu else ''}, {dtype}"
-    return Table(title, ["x", "us", "quartiles", "/ Flax", "/ best", "best peer", "/ floor", "T", "Flax T"], body)
+    return Table(title, ["x", "us", "/ Flax", "/ best", "best peer", "/ floor", "T", "Flax T"], body)
 
 
 def _shape(case):

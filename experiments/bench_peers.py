@@ -65,9 +65,9 @@ def programs(case: Case) -> dict[str, Program]:
     }
     built = {name: in_jax(case, norm) for name, norm in norms.items()}
     if importlib.util.find_spec("torch"):
-        built["torch, NCHW"] = in_torch(case, channels_last=False)
+        built["torch NCHW"] = in_torch(case, channels_last=False)
         if len(case.shape) == 4:
-            built["torch, channels last"] = in_torch(case, channels_last=True)
+            built["torch NHWC"] = in_torch(case, channels_last=True)
     return built
 
 

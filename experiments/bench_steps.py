@@ -111,9 +111,9 @@ def _programs(example) -> dict[str, Program]:
     }
     built = {name: _in_jax(example, norm) for name, norm in norms.items()}
     if importlib.util.find_spec("torch"):
-        built["torch, NCHW"] = _in_torch(example, channels_last=False)
+        built["torch NCHW"] = _in_torch(example, channels_last=False)
         if len(example.shape) == 4:
-            built["torch, channels last"] = _in_torch(example, channels_last=True)
+            built["torch NHWC"] = _in_torch(example, channels_last=True)
     return built
 
 

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+import rich.box
 import rich.table
 
 
@@ -17,9 +18,10 @@ class Table(NamedTuple):
 
 def to_rich(table: Table) -> rich.table.Table:
     """For a terminal."""
-    shown = rich.table.Table(title=table.title, caption=table.note or None, title_justify="left")
+    looks = dict(title_justify="left", caption_justify="left", box=rich.box.SIMPLE)
+    shown = rich.table.Table(title=table.title, caption=table.note or None, **looks)
     for number, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if number else "left")
+        shown.add_column(column, justify="right" if number else "left", overflow="fold")
     for row in table.rows:
         shown.add_row(*row)
     return shown

@@ -220,7 +220,7 @@ def test_a_synchronized_layer_sends_twice_and_moves_what_flax_moves_on_a_tpu():
 def test_unknown_topologies_and_programs_are_users_errors():
     with pytest.raises(UserError, match="v5e:16x16"):
         aot_targets.mesh_of("v5e:three")
-    with pytest.raises(UserError, match="layer, chain, resnet50, all"):
+    with pytest.raises(UserError, match="layer, chain, loop, resnet50, all"):
         aot.main("v5e:2x2", "mlp")
 
 
