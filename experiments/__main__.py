@@ -123,7 +123,7 @@ def bench(
     """Run a benchmark or, without a name, all of them: half an hour on two cores.
 
     Args:
-        name: operation (one layer), steps (training steps), grid (many networks at once), memory, or all.
+        name: operation (one layer), steps (training steps), grid (many networks at once), accuracy, memory, or all.
         json: a file for the record; pictures go beside it.
         aot: TPUs or GPUs, such as v5e:16x16 or h100:8: compile for them and count what it costs, without owning them.
         program: what to compile with --aot: layer, chain, loop, resnet50 (minutes a line) or all.

@@ -49,6 +49,7 @@ BENCHMARKS: dict[str, Entry] = {
     "steps": Entry(
         "experiments.bench_steps", "Training steps of an MLP, LeNet and ResNet-20 with every library's layer."
     ),
+    "accuracy": Entry("experiments.bench_accuracy", "One layer against float64 on hard inputs; every library."),
     "memory": Entry("experiments.bench_memory", "What is kept for the backward pass, and under a checkpoint policy."),
     "grid": Entry("experiments.bench_grid", "Training a grid of networks: jaxbn, Flax + optax, torch."),
 }

@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 import jaxbn
-from experiments import bench, bench_operation, bench_peers, bench_steps, models, peer_layers, tables, timing
+from experiments import (
+    bench,
+    bench_accuracy,
+    bench_operation,
+    bench_peers,
+    bench_steps,
+    models,
+    peer_layers,
+    tables,
+    timing,
+)
 from experiments.bench_peers import BOTH, EVAL, FORWARD, Case
 from experiments.errors import UserError
 
@@ -114,3 +124,23 @@ def test_lenet_has_the_sizes_of_the_paper():
 def test_markdown_has_a_row_a_case():
     (table,) = bench_operation.tabulate([row({"jaxbn": 2e-6, "flax.linen": 4e-6})])
     assert tables.to_markdown(table).count("\n| ") == 4
+
+
+def test_the_reference_of_accuracy_is_batch_norm_in_float64():
+    with jax.enable_x64(True):
+        x, dy = (np.random.default_rng(seed).normal(3, 2, (40, 3)) for seed in (0, 1))
+        y, pull = jax.vjp(lambda x: jaxbn.batch_normalize(x, axis=0, epsilon=bench_accuracy.EPSILON)[0], x)
+        (exact_y, exact_dx), _ = bench_accuracy.reference(x, dy)
+        np.testing.assert_allclose(exact_y, y, rtol=1e-12)
+        np.testing.assert_allclose(exact_dx, pull(dy)[0], rtol=1e-10, atol=1e-13)
+
+
+def test_ours_is_the_most_accurate_of_all_libraries_on_what_is_hard_and_exact_on_everything():
+    rows = list(bench_accuracy.measured())
+    for row in rows:
+        assert max(row.y[peer_layers.OURS], row.dx[peer_layers.OURS]) < 1e-6
+    (far,) = (row for row in rows if row.name == "mean 10000 std")
+    assert min(far.y, key=far.y.get) == peer_layers.OURS
+    assert not far.y["flax.linen"] < 1
+    first, second = bench_accuracy.tabulate(rows)
+    assert len(first.rows) == len(second.rows) == len(bench_accuracy.inputs())

@@ -39,7 +39,10 @@ def test_list_shows_every_experiment(capsys, arguments):
         (["run", "benefits", "--seeds=-1"], "--seeds '-1' is not a number of seeds"),
         (["run", "benefits", "--data", "mnist6k"], "there is no data set 'mnist6k'; choose one of: mnist5k"),
         (["run", "benefits", "--data", "fashion_mnist:nowhere"], "nowhere has no file train-images-idx3-ubyte"),
-        (["bench", "nothing"], "there is no benchmark 'nothing'; choose one of: operation, steps, memory, grid"),
+        (
+            ["bench", "nothing"],
+            "no benchmark 'nothing'; choose one of: operation, steps, accuracy, memory, grid",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_makes_no_directory(capsys, tmp_path, monkeypatch, arguments, message):
