@@ -15,12 +15,12 @@ from experiments import registry
 from experiments.errors import UserError
 from experiments.provenance import commit, hardware, provenance
 from experiments.record import write_json
-from experiments.tables import to_rich
+from experiments.tables import to_markdown, to_rich
 from experiments.timing import keep_freed_memory
 
 
 def run(names: Sequence[str], record: Path | None) -> None:
-    """Measure, print tables, and write the record with one picture a benchmark beside it, if it is wanted.
+    """Measure and print tables; if a record is wanted, write it, the tables in Markdown and pictures beside it.
 
     UserError if `record` cannot be written, before anything is measured.
     """
@@ -28,18 +28,22 @@ def run(names: Sequence[str], record: Path | None) -> None:
     if record is not None and not record.parent.is_dir():
         raise UserError(f"--json {record}: there is no directory {record.parent}; make it first")
     keep_freed_memory()
-    console, found = Console(), {}
+    console, found, tables = Console(), {}, []
     for name, module in modules.items():
         found[name] = rows = []
         with Status(name, console=console) as status:
             for row in module.measured():
                 rows.append(row)
                 status.update(f"{name}: {len(rows)} measured")
-        for table in module.tabulate(rows):
+        shown = module.tabulate(rows)
+        tables += shown
+        for table in shown:
             console.print(to_rich(table))
         if record is not None:
             plain = {name: [as_json(row) for row in rows] for name, rows in found.items()}
             write_json(record, {"provenance": provenance(), "benchmarks": plain})
+            made_by = f"{hardware()}; commit {commit()[:12]}; `python -m experiments bench --json FILE`.\n"
+            record.with_suffix(".md").write_text("\n\n".join([*map(to_markdown, tables), made_by]))
         if record is not None and hasattr(module, "draw"):
             drawn = module.draw(rows)
             drawn.savefig(record.with_name(f"{record.stem}-{name}.png"), dpi=110, metadata={"Software": None})

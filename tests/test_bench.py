@@ -105,6 +105,7 @@ def test_the_record_holds_rows_and_where_they_come_from(tmp_path, monkeypatch):
     assert record["benchmarks"]["operation"][0]["seconds"]["jaxbn"] == 2e-6
     assert record["provenance"]["commit"]
     assert (tmp_path / "record-operation.png").stat().st_size > 1000
+    assert "| 4x3 |" in (tmp_path / "record.md").read_text()
 
 
 def test_a_record_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
