@@ -28,7 +28,7 @@ def run(names: Sequence[str], record: Path | None) -> None:
     if record is not None and not record.parent.is_dir():
         raise UserError(f"--json {record}: there is no directory {record.parent}; make it first")
     keep_freed_memory()
-    console, found, tables = Console(), {}, []
+    console, found, tables, made_from = Console(), {}, [], provenance()
     for name, module in modules.items():
         found[name] = rows = []
         with Status(name, console=console) as status:
@@ -41,7 +41,7 @@ def run(names: Sequence[str], record: Path | None) -> None:
             console.print(to_rich(table))
         if record is not None:
             plain = {name: [as_json(row) for row in rows] for name, rows in found.items()}
-            write_json(record, {"provenance": provenance(), "benchmarks": plain})
+            write_json(record, {"provenance": made_from, "benchmarks": plain})
             made_by = f"{hardware()}; commit {commit()[:12]}; `python -m experiments bench --json FILE`.\n"
             record.with_suffix(".md").write_text("\n\n".join([*map(to_markdown, tables), made_by]))
         if record is not None and hasattr(module, "draw"):
