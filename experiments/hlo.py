@@ -11,7 +11,7 @@ _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|called_computations|true_computation|false_computation)"
-    r"=\{?([%\w.\-, ]+)"
+    r"=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=([%\w.\-]+), false_computation=([%\w.\-]+)")
 
@@ -67,8 +67,8 @@ class Instruction(NamedTuple):
 
     def called(self) -> Iterator[str]:
         """Names of the computations that it calls, reducers included."""
-        for names in _CALLED.findall(self.attributes):
-            yield from _names(names)
+        for several, one in _CALLED.findall(self.attributes):
+            yield from _names(several or one)
 
     def branches(self) -> list[str]:
         """Names of the computations of a conditional."""

@@ -111,6 +111,11 @@ def test_a_loop_that_values_end_is_counted_once_and_apart():
     assert traffic(WHILE)[:2] == (2 * MATRIX, 2 * MATRIX)  # the copy before, the sine within
 
 
+def test_a_call_names_its_computation_and_not_the_attribute_behind_it():
+    called = WHILE.replace("body=%body", 'body=%body, frontend_attributes={xla_cpu_small_call="true"}')
+    assert [list(loop.called()) for _, loop in parse(called).loops()] == [["condition", "body"]]
+
+
 def test_of_branches_the_one_that_moves_most_is_counted():
     assert traffic(CONDITIONAL).normal == 3 * MATRIX
 
