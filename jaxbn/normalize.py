@@ -256,12 +256,13 @@ def _output_tangent(spec, x, residual, weights, vectors, dx, dresidual):
 
 
 def _change(spec, weights, rows, apart, term_dtype, x, residual, vectors, dx, dresidual):
+    """`_output_tangent` for an array in rows; each term is rounded to term_dtype by itself, unless that is None."""
     mean, gain_of_y, offset_of_y, gain, shift, slope = vectors
-    dx, x_apart = wide(rows.lay(dx)), apart((rows.lay(x), mean, slope), 4)
-    first = rows.spread(gain) * dx
+    first = rows.spread(gain) * wide(rows.lay(dx))
     first = first if dresidual is None else first + wide(rows.lay(dresidual))
-    second = jnp.broadcast_to(rows.spread(shift), dx.shape)
-    third = _deviations(rows, *x_apart[:2], weights) * rows.spread(x_apart[2])
+    second = jnp.broadcast_to(rows.spread(shift), first.shape)
+    x_again, mean_again, slope = apart((rows.lay(x), mean, slope), 4)
+    third = _deviations(rows, x_again, mean_again, weights) * rows.spread(slope)
     terms = (v if term_dtype is None else v.astype(term_dtype) for v in (first, second, third))
     first, second, third = (apart(v, number) for number, v in enumerate(terms))
     dy = rows.back(first + second + third)

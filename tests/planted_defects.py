@@ -267,8 +267,8 @@ class WeightGradientNotRescaled(Textbook):
 
     def standardize(self, x, w):
         xhat, mean, var = super().standardize(x, w)
-        unit = lax.stop_gradient(self.root(var))
-        return unit * xhat + lax.stop_gradient(xhat - unit * xhat), mean, var
+        constant, unit = lax.stop_gradient((xhat, self.root(var)))
+        return constant + unit * (xhat - constant), mean, var  # which is xhat, to the last digit
 
 
 class ShardGradientAveraged(Textbook):

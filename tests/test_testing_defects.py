@@ -79,7 +79,11 @@ DEFECTS: dict[str, tuple[set[str], set[str]]] = {
     "WrongAxisForImages": ({"layouts_agree", "dense_equals_convolution", "sets_are_independent"}, ANY),
     "ChannelsFirstIgnored": ({"layouts_agree"}, set()),
     "AllFeaturesTogether": ({"zero_mean", "sets_are_independent"}, ANY),
-    "EachPositionByItself": ({"dense_equals_convolution"}, ORACLES | {"scale_invariance", "unit_variance"}),
+    # Of two examples a position makes one +1 and one -1, whatever they are.
+    "EachPositionByItself": (
+        {"dense_equals_convolution"},
+        ORACLES | {"scale_invariance", "unit_variance", "train_couples_examples"},
+    ),
     "FirstExampleLeftOut": ({"permutation_equivariance", "zero_mean"}, ANY),
     # Scale and bias
     "ScaleBeforeTheMean": ({"affine_last"}, ORACLES | {"constant_feature"}),
