@@ -120,7 +120,7 @@ def bench(
     aot: str | None = None,
     program: str = "all",
 ) -> None:
-    """Run a benchmark or, without a name, all of them: half an hour on two cores.
+    """Run a benchmark or, without a name, all of them: ten minutes on two cores.
 
     Args:
         name: operation (one layer), steps (training steps), grid (many networks at once), accuracy, memory, or all.

@@ -55,7 +55,9 @@ def compile_layer(
     variables = norm.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def layer(params, x, dy):
-        forward = lambda params, x: norm.apply({**variables, "params": params}, x, train=True)  # noqa: E731
+        def forward(params, x):
+            return norm.apply({**variables, "params": params}, x, train=True)
+
         y, backward, batch_stats = jax.vjp(forward, params, x, has_aux=True)
         return backward(dy), batch_stats, y if output else None
 

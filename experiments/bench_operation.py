@@ -134,9 +134,8 @@ def _shape(case):
 def draw(rows: Sequence[Row]) -> Figure:
     """Every library's time over ours, one panel for each dtype and kind of run."""
     groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.case[1:])]
-    drawn, axes = plots.figure(
-        "How many times as long as jaxbn's layer?", -(-len(groups) // 4), min(4, len(groups)), size=(4.2, 3.4)
-    )
+    title = "How many times as long as jaxbn's layer? Above 1 is slower"
+    drawn, axes = plots.figure(title, -(-len(groups) // 4), min(4, len(groups)), size=(4.2, 3.6))
     for ax, group in zip(axes.flat, groups, strict=False):
         _, dtype, mode, relu = group[0].case
         for name in dict.fromkeys(name for row in group for name in row.ours_over):
@@ -144,6 +143,9 @@ def draw(rows: Sequence[Row]) -> Figure:
             ax.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1, label=name)
         ax.set_title(f"{mode}{', relu' if relu else ''}, {dtype}", fontsize=9)
         ax.set_yscale("log", base=2)
-        ax.set_xticks(range(len(group)), [_shape(row.case) for row in group], rotation=60, fontsize=6)
-    axes.flat[0].legend(fontsize=5)
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set_xticks(range(len(group)), [_shape(row.case) for row in group], rotation=60, fontsize=7)
+    drawn.supylabel("time over jaxbn's, for shapes of x with features last", fontsize=9)
+    names = {name: line for ax in axes.flat for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    drawn.legend(names.values(), names, loc="outside lower center", ncols=len(names), fontsize=8)
     return drawn

@@ -64,11 +64,14 @@ def programs(case: Case) -> dict[str, Program]:
         name: followed_by(make(), relu) for name, (package, make) in PEERS.items() if importlib.util.find_spec(package)
     }
     built = {name: in_jax(case, norm) for name, norm in norms.items()}
-    if importlib.util.find_spec("torch"):
-        built["torch NCHW"] = in_torch(case, channels_last=False)
-        if len(case.shape) == 4:
-            built["torch NHWC"] = in_torch(case, channels_last=True)
-    return built
+    return built | {name: in_torch(case, channels_last=last) for name, last in torch_layouts(case.shape).items()}
+
+
+def torch_layouts(shape: tuple[int, ...]) -> dict[str, bool]:
+    """By name, whether channels come last in memory: for images both, else the first; none where torch is missing."""
+    if not importlib.util.find_spec("torch"):
+        return {}
+    return {"torch NCHW": False} | ({"torch NHWC": True} if len(shape) == 4 else {})
 
 
 def in_jax(case: Case, norm: jaxbn.Normalizer) -> Program:

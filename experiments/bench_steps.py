@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 import jaxbn
-from experiments.bench_peers import Program
+from experiments.bench_peers import Program, torch_layouts
 from experiments.models import Network, lenet, mlp, normal_weights
 from experiments.peer_layers import OURS, PEERS
 from experiments.resnet import small_resnet
@@ -110,11 +110,7 @@ def _programs(example) -> dict[str, Program]:
         name: make() for name, (package, make) in PEERS.items() if importlib.util.find_spec(package)
     }
     built = {name: _in_jax(example, norm) for name, norm in norms.items()}
-    if importlib.util.find_spec("torch"):
-        built["torch NCHW"] = _in_torch(example, channels_last=False)
-        if len(example.shape) == 4:
-            built["torch NHWC"] = _in_torch(example, channels_last=True)
-    return built
+    return built | {name: _in_torch(example, channels_last=last) for name, last in torch_layouts(example.shape).items()}
 
 
 def _in_jax(example, norm) -> Program:

@@ -1,5 +1,6 @@
 """How XLA for CPUs sums an array fastest. Values are those of any other way, up to rounding."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class Rows(NamedTuple):
 
     def lay(self, x: jax.Array) -> jax.Array:
         """The array in rows: [examples, rows of an example, features beside each other]."""
-        return x if self.beside == 1 else x.reshape(self.shape[0], -1, self.beside * _product(self.features))
+        return x if self.beside == 1 else x.reshape(self.shape[0], -1, self.beside * math.prod(self.features))
 
     def back(self, x: jax.Array) -> jax.Array:
         """What `lay` was given."""
@@ -52,20 +53,18 @@ class Rows(NamedTuple):
 
 
 def long_rows(shape: tuple[int, ...], axes: tuple[int, ...]) -> Rows:
-    """Rows as long as they have to be; positions of one example only, so that examples can be on several devices."""
-    last = axes == tuple(range(len(axes)))
-    positions, features = _product(shape[1 : len(axes)]), _product(shape[len(axes) :])
+    """Rows as long as they have to be; positions of one example only, so that examples can be on several devices.
+
+    Sizes that are symbols (`jax.export`) are left as they are.
+    """
+    positions, features = math.prod(shape[1 : len(axes)]), math.prod(shape[len(axes) :])
+    known = isinstance(positions, int) and isinstance(features, int)
+    if not known or features == 0 or axes != tuple(range(len(axes))):
+        return Rows(shape, axes)
     beside = 1
-    while last and 0 < 2 * beside * features <= _ROW and positions % (2 * beside) == 0:
+    while 2 * beside * features <= _ROW and positions % (2 * beside) == 0:
         beside *= 2
     return Rows(shape, axes, beside)
-
-
-def _product(sizes):
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
 
 
 def unshared(tree, number: int):
@@ -79,6 +78,12 @@ def unshared(tree, number: int):
     return tree
 
 
+def shared(tree, number: int):
+    """What `unshared` is to compilers that fuse better without barriers: nothing."""
+    del number
+    return tree
+
+
 def on_cpu(cpu: Callable, default: Callable, *arguments):
-    """The one on CPUs, the other elsewhere: there compilers fuse better without barriers."""
+    """The one on CPUs, the other elsewhere."""
     return lax.platform_dependent(*arguments, cpu=cpu, default=default)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from jaxbn.cpu import Rows, long_rows, on_cpu, unshared
+from jaxbn.cpu import Rows, long_rows, on_cpu, shared, unshared
 
 # The largest |mean - shift| / std at which one pass of sums is kept: squaring loses (1 + ratio**2) roundings of var.
 _MAX_RATIO = 2.0
@@ -274,7 +274,7 @@ def _sums(x, shift, unit, weights, axes, across):
     short = Rows(x.shape, axes)
     long = long_rows(x.shape, axes) if weights is None else short
     sums = partial(_local_sums, weights)
-    first, second = on_cpu(partial(sums, long, unshared), partial(sums, short, lambda v, _: v), x, shift, unit)
+    first, second = on_cpu(partial(sums, long, unshared), partial(sums, short, shared), x, shift, unit)
     if weights is None:
         count = jnp.asarray(size_of(x.shape, axes) * across.size(), second.dtype)
         first, second = across.total((first, second))

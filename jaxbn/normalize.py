@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxbn.cpu import Rows, long_rows, on_cpu, unshared
+from jaxbn.cpu import Rows, long_rows, on_cpu, shared, unshared
 from jaxbn.moments import (
     Across,
     Measured,
@@ -219,7 +219,8 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
     rstd = lax.rsqrt(measured.var + spec.epsilon)
     gain = rstd if scale is None else row(scale) * rstd
     rows = Rows(x.shape, axes)
-    x_once, mean, unit = _apart((x, own(measured.mean), own(rstd)), 3)
+    vectors = own(measured.mean), own(rstd)
+    x_once, mean, unit = on_cpu(partial(unshared, number=3), partial(shared, number=3), (x, *vectors))
     c = _deviations(rows, x_once, mean, weights) * rows.spread(unit)
     mean_dx, mean_xhat_dx = tangent_means(wide(dx), c, weights, measured.count, axes, spec.across)
     mean_xhat_dx = mean_xhat_dx - inner(measured.remainder, mean_dx) * rstd
@@ -251,7 +252,7 @@ def _output_tangent(spec, x, residual, weights, vectors, dx, dresidual):
         cpu = partial(change, long, unshared, spec.dtype)
     else:
         cpu = partial(change, short, unshared, None)
-    default = partial(change, short, lambda v, _: v, None)
+    default = partial(change, short, shared, None)
     return on_cpu(cpu, default, x, residual, vectors, dx, dresidual)
 
 
@@ -270,10 +271,6 @@ def _change(spec, weights, rows, apart, term_dtype, x, residual, vectors, dx, dr
         y = _before_activation(rows, apart(x, 5), mean, gain_of_y, offset_of_y, residual, weights)
         dy = jax.jvp(spec.activation, (y,), (dy,))[1]
     return dy.astype(spec.dtype)
-
-
-def _apart(tree, number):
-    return on_cpu(lambda tree: unshared(tree, number), lambda tree: tree, tree)
 
 
 def _varying_together(tree, across, *others):

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
+import jaxbn
 from jaxbn.cpu import Rows, long_rows
 
 FEW_FEATURES = [((4, 8, 8, 6), (0, 1, 2)), ((3, 12, 5), (0, 1)), ((2, 4, 4, 2, 3), (0, 1, 2)), ((5, 16), (0, 1))]
@@ -44,6 +46,23 @@ def test_a_vector_spreads_over_the_features_and_transposes_to_sums(shape, axes):
     rows = long_rows(shape, axes)
     v = jnp.arange(np.prod(rows.features, dtype=int), dtype=jnp.float32).reshape(rows.features)
     x = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape)
-    spread = lambda v: rows.back(jnp.broadcast_to(rows.spread(v), rows.lay(x).shape))  # noqa: E731
+
+    def spread(v):
+        return rows.back(jnp.broadcast_to(rows.spread(v), rows.lay(x).shape))
+
     np.testing.assert_array_equal(spread(v), jnp.broadcast_to(jnp.expand_dims(v, axes), shape))
     np.testing.assert_array_equal(jax.linear_transpose(spread, v)(x)[0], x.sum(axes))
+
+
+@pytest.mark.parametrize("sizes", ["b, h, w, 6", "b, 8, 8, 6", "b, 8, 8, c", "b, h, w, c"])
+def test_sizes_may_be_symbols(sizes):
+    def gradient(x, scale):
+        return jax.grad(lambda x: jnp.sum(jaxbn.batch_normalize(x, scale, axis=(0, 1, 2), epsilon=1e-5)[0] ** 3))(x)
+
+    shape = export.symbolic_shape(sizes)
+    exported = export.export(jax.jit(gradient))(
+        jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    )
+    x, scale = jax.random.normal(jax.random.key(0), (4, 8, 8, 6)), jnp.arange(6.0)
+    found, expected = exported.call(x, scale), gradient(x, scale)
+    assert jnp.linalg.norm(found - expected) <= 1e-6 * jnp.linalg.norm(expected)

@@ -163,6 +163,9 @@ def test_whitening_trains_on_microbatches_that_do_not_pool():
 
 def test_population_statistics_of_a_reference_batch_are_refused():
     norm = variants.virtual_batch_norm(3)
-    apply = lambda variables, x: norm.apply(variables, x, train=True)[1]  # noqa: E731
+
+    def apply(variables, x):
+        return norm.apply(variables, x, train=True)[1]
+
     with pytest.raises(ValueError, match="moments of its reference batch"):
         jaxbn.population_statistics(apply, norm.init(KEY, draw()), [draw()])

@@ -82,7 +82,9 @@ def test_second_derivatives_are_the_same():
     def curved(f):
         return jax.jit(jax.grad(lambda x: jnp.vdot(jax.grad(f)(x), X)))(X)
 
-    f = lambda x: jnp.vdot(norm.apply(variables, x**2, train=True)[0], DY)  # noqa: E731
+    def f(x):
+        return jnp.vdot(norm.apply(variables, x**2, train=True)[0], DY)
+
     assert_close(curved(jax.checkpoint(f, policy=policy)), curved(f), 1e-5)
 
 

@@ -47,6 +47,7 @@ def recurrent_batch_norm(max_length: int, *, scale_init: Initializer = _TENTH, *
             raise ValueError(f"step={step!r}; recurrent_batch_norm needs step=, the time step as an integer scalar.")
         batch_stats = dict(variables["batch_stats"])
         length = batch_stats.pop("length")
+        # In a record the length has an axis more.
         row = jnp.clip(step, 0, max_length - 1 if train else jnp.maximum(jnp.ravel(length)[0], 1) - 1)
         here = {"params": variables.get("params", {}), "batch_stats": {n: v[row] for n, v in batch_stats.items()}}
         arguments = dict(where=where, weights=weights, rng=rng, residual=residual)
