@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
-from experiments.peer_layers import OURS, PEERS
+from experiments.peer_layers import OURS, installed
 from experiments.tables import Table
 
 ROWS, FEATURES = 1024, 16
@@ -86,9 +86,7 @@ def error(found: np.ndarray, exact: np.ndarray, size: np.ndarray) -> float:
 
 def libraries() -> dict:
     """normalized(x, dy) -> (y, dx) of every library that is installed, our own first."""
-    norms = {OURS: jaxbn.batch_norm()} | {
-        name: make() for name, (package, make) in PEERS.items() if importlib.util.find_spec(package)
-    }
+    norms = {OURS: jaxbn.batch_norm()} | installed()
     found = {name: jax.tree_util.Partial(_in_jax, norm) for name, norm in norms.items()}
     return found | ({"torch": _in_torch} if importlib.util.find_spec("torch") else {})
 

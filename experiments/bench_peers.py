@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
-from experiments.peer_layers import FUSED, OURS, PEERS, followed_by
+from experiments.peer_layers import FUSED, OURS, followed_by, installed
 
 EVAL, FORWARD, BOTH = "eval", "forward", "forward + backward"
 
@@ -60,9 +60,8 @@ class Program(NamedTuple):
 def programs(case: Case) -> dict[str, Program]:
     """The case as a program of every library that is installed; our own first."""
     relu = jax.nn.relu if case.relu else None
-    norms = {FUSED if relu else OURS: jaxbn.batch_norm(activation=relu)} | {
-        name: followed_by(make(), relu) for name, (package, make) in PEERS.items() if importlib.util.find_spec(package)
-    }
+    norms = {FUSED if relu else OURS: jaxbn.batch_norm(activation=relu)}
+    norms |= {name: followed_by(norm, relu) for name, norm in installed().items()}
     built = {name: in_jax(case, norm) for name, norm in norms.items()}
     return built | {name: in_torch(case, channels_last=last) for name, last in torch_layouts(case.shape).items()}
 

@@ -8,7 +8,6 @@ differ by the layer alone; torch runs its own, eagerly. Rows without normalizati
 process, in turns; medians over the rounds of ratios within a round.
 """
 
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import optax
 import jaxbn
 from experiments.bench_peers import Program, torch_layouts
 from experiments.models import Network, lenet, mlp, normal_weights
-from experiments.peer_layers import OURS, PEERS
+from experiments.peer_layers import OURS, installed
 from experiments.resnet import small_resnet
 from experiments.tables import Table
 from experiments.timing import interleaved, ratio
@@ -106,9 +105,7 @@ def tabulate(rows: Sequence[Row]) -> list[Table]:
 
 
 def _programs(example) -> dict[str, Program]:
-    norms = {OURS: jaxbn.batch_norm(), NONE: jaxbn.identity()} | {
-        name: make() for name, (package, make) in PEERS.items() if importlib.util.find_spec(package)
-    }
+    norms = {OURS: jaxbn.batch_norm(), NONE: jaxbn.identity()} | installed()
     built = {name: _in_jax(example, norm) for name, norm in norms.items()}
     return built | {name: _in_torch(example, channels_last=last) for name, last in torch_layouts(example.shape).items()}
 

@@ -3,6 +3,7 @@
 All have a decay of 0.99, scale and bias, float32 parameters and statistics, and put out the dtype of their input.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -115,3 +116,8 @@ PEERS: dict[str, tuple[str, Callable[[], jaxbn.Normalizer]]] = {
     "haiku": ("haiku", haiku),
     "equinox": ("equinox", equinox),
 }
+
+
+def installed() -> dict[str, jaxbn.Normalizer]:
+    """The layer of each of the PEERS whose package is here."""
+    return {name: make() for name, (package, make) in PEERS.items() if importlib.util.find_spec(package)}

@@ -1,6 +1,5 @@
 """Benchmarks: every library is measured doing the same thing, and what is said of the times. No time is asserted."""
 
-import importlib.util
 import json
 
 import jax
@@ -23,7 +22,7 @@ from experiments import (
 from experiments.bench_peers import BOTH, EVAL, FORWARD, Case
 from experiments.errors import UserError
 
-INSTALLED = [name for name, (package, _) in peer_layers.PEERS.items() if importlib.util.find_spec(package)]
+INSTALLED = list(peer_layers.installed())
 
 
 @pytest.mark.parametrize("shape", [(16, 5), (3, 4, 4, 5)])
