@@ -8,8 +8,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import registry
 from experiments.errors import UserError
+from experiments.framework import registry
 
 INTERRUPTED = 130  # the exit status of a program ended by Ctrl-C
 USER_ERROR = 2
@@ -44,7 +44,7 @@ def run(
             hub:fashion_mnist or hub:cifar10.
         out: the directory for the results; runs/NAME-PRESET if not given.
     """
-    from experiments.runner import run_experiment
+    from experiments.framework.runner import run_experiment
 
     module = registry.load(registry.EXPERIMENTS, name)
     settings = registry.settings_of(module, name, preset)
@@ -96,8 +96,8 @@ def train(
         heartbeat_seconds: after which a frozen process is given up.
         out: the directory for the results, which all processes can reach; runs/train-NAME if not given.
     """
-    from experiments import distributed
-    from experiments.processes import cluster_of
+    from experiments.cluster import train as distributed
+    from experiments.cluster.processes import cluster_of
 
     settings = distributed.Settings(name, data, seed, steps, interval, batch, microbatches, group_size)
     cluster = cluster_of(coordinator, process, processes, heartbeat_seconds)
@@ -108,7 +108,7 @@ def train(
 @app.command
 def report() -> None:
     """Build experiments/results/REPORT.md from the committed results."""
-    from experiments.report import write_report
+    from experiments.framework.report import write_report
 
     print(write_report())
 
@@ -129,11 +129,11 @@ def bench(
         program: what to compile with --aot: layer, chain, loop, resnet50 (minutes a line) or all.
     """
     if aot is not None:
-        from experiments.aot import main as compile_ahead
+        from experiments.aot.command import main as compile_ahead
 
         compile_ahead(aot, program)
         return
-    from experiments.bench import run as run_benchmarks
+    from experiments.bench.command import run as run_benchmarks
 
     run_benchmarks(list(registry.BENCHMARKS) if name == "all" else [name], None if json is None else Path(json))
 

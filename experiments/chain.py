@@ -31,13 +31,14 @@ import jax
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments import chain_rows, plots
+from experiments import chain_rows
 from experiments.chain_judge import EXACT, FLOAT32, MAIN, NORMALIZED, PLAIN, judge, percent, pick
 from experiments.chain_rows import ARITHMETIC, ARMS, CHANGES, FAILS, HOLDS, MAIN_RATE, RATES, SCALES, SCAN, WANTED
 from experiments.errors import UserError
-from experiments.record import Record
-from experiments.tables import Table
-from experiments.verdict import interval
+from experiments.framework import plots
+from experiments.framework.record import Record
+from experiments.framework.tables import Table
+from experiments.framework.verdict import interval
 
 __all__ = ["PRESETS", "SOURCE", "draw", "judge", "run", "tabulate"]
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from experiments import chain_rows
 from experiments.chain_rows import ARITHMETIC, ARMS, CHANGES, FAILS, HOLDS, MAIN_RATE, RATES, SCALES
-from experiments.verdict import Verdict, verdict
+from experiments.framework.verdict import Verdict, verdict
 
 PLAIN, NORMALIZED, WITH_EPSILON, THROUGHOUT = ARMS
 EXACT, FLOAT32 = ARITHMETIC

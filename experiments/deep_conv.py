@@ -27,10 +27,11 @@ from pathlib import Path
 import optax
 
 import jaxbn
-from experiments import data, loop, models, plots
-from experiments.record import Record
-from experiments.tables import Table, spread
-from experiments.verdict import Verdict, verdict
+from experiments.framework import plots
+from experiments.framework.record import Record
+from experiments.framework.tables import Table, spread
+from experiments.framework.verdict import Verdict, verdict
+from experiments.training import data, loop, models
 
 SOURCE = "Udacity, Deep Learning Foundations: Batch Normalization - Exercises"
 

@@ -1,14 +1,14 @@
 """Batch normalization for JAX: exact statistics, explicit state, any number of devices."""
 
-from jaxbn.batch_norm import batch_norm
-from jaxbn.fold import Following, Preceding, fold_following, fold_preceding, fold_variables, unfold, unfold_variables
-from jaxbn.moments import Moments, merge_moments, moments
-from jaxbn.normalize import batch_normalize, normalize
-from jaxbn.normalizer import Normalizer, identity
-from jaxbn.population import input_moments, population_statistics
-from jaxbn.recording import recordable
-from jaxbn.remat import dots_and_statistics_saveable
-from jaxbn.running import init_batch_stats, running_moments, update_batch_stats
+from jaxbn._batch_norm import batch_norm
+from jaxbn._fold import Following, Preceding, fold_following, fold_preceding, fold_variables, unfold, unfold_variables
+from jaxbn._moments import Moments, merge_moments, moments
+from jaxbn._normalize import batch_normalize, normalize
+from jaxbn._normalizer import Normalizer, identity
+from jaxbn._population import input_moments, population_statistics
+from jaxbn._recording import recordable
+from jaxbn._remat import dots_and_statistics_saveable
+from jaxbn._running import init_batch_stats, running_moments, update_batch_stats
 from jaxbn.variants import (
     LSTMCarry,
     RecurrentCell,
@@ -16,7 +16,6 @@ from jaxbn.variants import (
     batch_renorm,
     conditional_batch_norm,
     filter_response_norm,
-    frozen,
     ghost_batch_norm,
     group_norm,
     instance_norm,
@@ -25,7 +24,6 @@ from jaxbn.variants import (
     layer_norm,
     mean_only_batch_norm,
     newton_inverse_square_root,
-    noisy,
     paper_d_max,
     paper_r_max,
     path_mask,
@@ -42,6 +40,8 @@ from jaxbn.variants import (
     weight_norm_split,
     whitening_norm,
 )
+from jaxbn.variants import _frozen as frozen
+from jaxbn.variants import _noisy as noisy
 
 __all__ = [
     # The type that every variant fits

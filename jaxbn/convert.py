@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.batch_norm import batch_norm
-from jaxbn.layers import nested_names
-from jaxbn.moments import wide
-from jaxbn.running import running_moments
+from jaxbn._batch_norm import batch_norm
+from jaxbn._layers import nested_names
+from jaxbn._moments import wide
+from jaxbn._running import running_moments
 
 Tensors = dict[str, np.ndarray]
 Variables = dict[str, dict[str, jax.Array]]

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn.batch_norm import batch_norm
-from jaxbn.moments import canonical_axes
-from jaxbn.normalizer import Normalizer
-from jaxbn.running import init_batch_stats
+from jaxbn._batch_norm import batch_norm
+from jaxbn._moments import canonical_axes
+from jaxbn._normalizer import Normalizer
+from jaxbn._running import init_batch_stats
 
 # What is overridden while variables are initialized: outside of any named axis, and often from one example.
 _ALONE = dict.fromkeys(("axis_name", "axis_index_groups", "group_size", "pool_axis_name")) | {

@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from jaxbn._normalizer import Normalizer
+from jaxbn._running import init_batch_stats
 from jaxbn.linen import as_where, batch_norm_of, floating, widened, with_mask
-from jaxbn.normalizer import Normalizer
-from jaxbn.running import init_batch_stats
 
 Initializer = Callable[..., Any]
 Shaped = jax.Array | jax.ShapeDtypeStruct

@@ -30,7 +30,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.step import Axis, Loss, Outcome, Spread, TrainState, advance
+from jaxbn._step import Axis, Loss, Outcome, Spread, TrainState, advance
 
 __all__ = [
     "Outcome",

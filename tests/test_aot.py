@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 import jaxbn
-from experiments import aot, aot_programs, aot_targets
-from experiments.collectives import collectives
+from experiments.aot import command as aot
+from experiments.aot import programs as aot_programs
+from experiments.aot import targets as aot_targets
+from experiments.aot.collectives import collectives
+from experiments.aot.hlo import arrays, elements, parse
+from experiments.aot.hlo_bytes import moves, traffic
 from experiments.errors import UserError
-from experiments.hlo import arrays, elements, parse
-from experiments.hlo_bytes import moves, traffic
 
 N = 256
 MATRIX = 4 * N * N  # bytes

@@ -8,19 +8,16 @@ import numpy as np
 import pytest
 
 import jaxbn
-from experiments import (
-    bench,
-    bench_accuracy,
-    bench_operation,
-    bench_peers,
-    bench_steps,
-    models,
-    peer_layers,
-    tables,
-    timing,
-)
-from experiments.bench_peers import BOTH, EVAL, FORWARD, Case
+from experiments.bench import accuracy as bench_accuracy
+from experiments.bench import command as bench
+from experiments.bench import operation as bench_operation
+from experiments.bench import peer_layers, timing
+from experiments.bench import peers as bench_peers
+from experiments.bench import steps as bench_steps
+from experiments.bench.peers import BOTH, EVAL, FORWARD, Case
 from experiments.errors import UserError
+from experiments.framework import tables
+from experiments.training import models
 
 INSTALLED = list(peer_layers.installed())
 

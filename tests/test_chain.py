@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import chain, chain_rows, linear_chain, record
+from experiments import chain, chain_rows, linear_chain
 from experiments.errors import UserError
+from experiments.framework import record
 
 # Double precision, a few hundred operations on numbers of order one.
 ROUNDING = 1e-12

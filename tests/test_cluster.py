@@ -5,7 +5,7 @@ import socket
 import pytest
 from loopback import free_port
 
-from experiments import processes
+from experiments.cluster import processes
 from experiments.errors import UserError
 
 

@@ -7,7 +7,7 @@ import pytest
 from jax import export
 
 import jaxbn
-from jaxbn.cpu import Rows, long_rows
+from jaxbn._cpu import Rows, long_rows
 
 FEW_FEATURES = [((4, 8, 8, 6), (0, 1, 2)), ((3, 12, 5), (0, 1)), ((2, 4, 4, 2, 3), (0, 1, 2)), ((5, 16), (0, 1))]
 AS_THEY_ARE = [

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from experiments.collectives import Collective, collectives
+from experiments.aot.collectives import Collective, collectives
 
 FEATURES, DEVICES = 6, 8
 X = np.random.default_rng(0).normal(size=(32, 3, FEATURES)).astype(np.float32)

@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from experiments import benefits, deep_conv, registry, report
+from experiments import benefits, deep_conv
 from experiments.__main__ import main
+from experiments.framework import registry, report
 
 
 def one_line_of_error(capsys):

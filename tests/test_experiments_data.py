@@ -5,9 +5,9 @@ import types
 import numpy as np
 import pytest
 
-from experiments import data
 from experiments.errors import UserError
-from experiments.idx import read_idx
+from experiments.training import data
+from experiments.training.idx import read_idx
 
 
 def idx_bytes(array):

@@ -6,9 +6,10 @@ import optax
 import pytest
 
 import jaxbn
-from experiments import checkpoint, data, loop, models
 from experiments.errors import UserError
-from experiments.record import open_record
+from experiments.framework import checkpoint
+from experiments.framework.record import open_record
+from experiments.training import data, loop, models
 
 EXAMPLES, BATCH = 43, 8  # five batches an epoch, three examples over
 CONFIG = {"experiment": "e", "preset": "p", "settings": {}}

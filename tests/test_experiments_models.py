@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from experiments import models
+from experiments.training import models
 
 
 @pytest.mark.parametrize("stride", [1, 2])

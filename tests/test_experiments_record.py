@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.errors import UserError
-from experiments.record import open_record
+from experiments.framework.record import open_record
 
 CONFIG = {"experiment": "e", "preset": "smoke", "settings": {"seeds": 2, "rates": (1, 2)}}
 

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments import display, report
 from experiments.errors import UserError
-from experiments.plots import Picture
-from experiments.record import write_json
-from experiments.tables import Table, spread, to_markdown
-from experiments.verdict import effect_in_words, verdict
+from experiments.framework import display, report
+from experiments.framework.plots import Picture
+from experiments.framework.record import write_json
+from experiments.framework.tables import Table, spread, to_markdown
+from experiments.framework.verdict import effect_in_words, verdict
 
 TABLE = Table("Accuracy", ["arm", "ours"], [["plain", "0.1"]], "n = 2")
 WORDS = {"unit": "points", "criterion": "c.", "sentence": "s."}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments.verdict import (
+from experiments.framework.verdict import (
     INCONCLUSIVE,
     NOT_SUPPORTED,
     SUPPORTED,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from jaxbn.fold import (
+from jaxbn._fold import (
     Following,
     Preceding,
     fold_following,
@@ -16,9 +16,9 @@ from jaxbn.fold import (
     unfold,
     unfold_variables,
 )
+from jaxbn._population import input_moments
+from jaxbn._recording import recordable
 from jaxbn.linen import Norm
-from jaxbn.population import input_moments
-from jaxbn.recording import recordable
 
 EPSILON = 1e-3  # Large enough to show where it is left out.
 NORM = recordable(jaxbn.batch_norm(epsilon=EPSILON))

@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn.population import input_moments, population_statistics
-from jaxbn.recording import recordable
+from jaxbn._population import input_moments, population_statistics
+from jaxbn._recording import recordable
 
 EPSILON = 1e-5
 UNEQUAL = [16, 32]  # Batches of 16, 16 and 32 examples: two compilations.

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
-from jaxbn.population import population_statistics
+from jaxbn._population import population_statistics
 
 ROUNDING = 1e-6  # Eight units in the last place of float32: a few roundings within each batch.
 X = (3 + 2 * np.random.default_rng(0).normal(size=(64, 3))).astype(np.float32)

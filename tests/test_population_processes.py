@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import jaxbn
-from jaxbn.population import population_statistics
-from jaxbn.recording import recordable
+from jaxbn._population import population_statistics
+from jaxbn._recording import recordable
 
 address, process, out = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 jax.distributed.initialize(address, num_processes=2, process_id=process)

@@ -22,8 +22,11 @@ import pytest
 from jax.sharding import AxisType
 from loopback import free_port
 
-from experiments import data, distributed, processes, snapshots
+from experiments.cluster import processes
+from experiments.cluster import train as distributed
 from experiments.errors import UserError
+from experiments.framework import snapshots
+from experiments.training import data
 from jaxbn import training
 
 STEPS, INTERVAL, SAVE_EVERY, HEARTBEAT = 40, 5, 10, 5
@@ -48,7 +51,10 @@ LOST += " start all processes again with the same commands"
 PROGRAM = """
 import json, os, signal, sys
 import numpy as np
-from experiments import __main__, data, processes, snapshots
+from experiments import __main__
+from experiments.training import data
+from experiments.cluster import processes
+from experiments.framework import snapshots
 
 plan, dataset, *arguments = sys.argv[1:]
 dataset = data.Dataset(*np.load(dataset).values())

@@ -14,7 +14,7 @@ from small_network import FIRST, KEY
 
 import jaxbn
 from jaxbn import training, variants
-from jaxbn.recording import finish_pooling, start_pooling, start_record
+from jaxbn._recording import finish_pooling, start_pooling, start_record
 
 CANNOT = {"virtual_batch_norm", "whitening_norm", "whitening_norm, Newton"}
 KEEP_A_MEAN = [name for name in CASES if "mean" in ready(name).variables["batch_stats"]]

@@ -10,9 +10,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from experiments import bench_memory
-from experiments.bench_memory import BLOCKS, CONVOLUTION_FIRST, NORMS, PEER
-from experiments.collectives import collectives
+from experiments.aot.collectives import collectives
+from experiments.bench import memory as bench_memory
+from experiments.bench.memory import BLOCKS, CONVOLUTION_FIRST, NORMS, PEER
 
 SHAPE = (8, 6, 6, 4)
 BARE, FUSED = "jaxbn", "jaxbn, relu fused"

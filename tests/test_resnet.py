@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from experiments.resnet import patch_convolve, resnet, small_resnet, xla_convolve
+from experiments.training.resnet import patch_convolve, resnet, small_resnet, xla_convolve
 
 KEY = jax.random.key(0)
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from experiments import snapshots
+from experiments.framework import snapshots
 from jaxbn import training
 
 STATE = {"kernel": np.arange(12, dtype=np.float32).reshape(3, 4), "count": np.int32(7)}

@@ -6,8 +6,9 @@ import pytest
 from flax import nnx
 
 import jaxbn.nnx
-from jaxbn.diagnostics import spread, spread_table
-from jaxbn.moments import Moments
+from jaxbn._moments import Moments
+from jaxbn.diagnostics import _running as spread
+from jaxbn.diagnostics import spread_table
 
 EPSILON = 1e-5
 

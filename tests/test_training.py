@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from small_network import BATCHES, FIRST, KEY
 
 import jaxbn
-from experiments.collectives import collectives
+from experiments.aot.collectives import collectives
 from jaxbn import training
 from jaxbn.training import Outcome
 

@@ -9,7 +9,7 @@ import pytest
 from normalizers import KEY, QUICK, draw, in_training
 
 from jaxbn import variants
-from jaxbn.variants.lstm_linen import BatchNormLSTMCell, rnn
+from jaxbn.variants._lstm_linen import BatchNormLSTMCell, rnn
 
 BATCH, TIME, INPUTS, FEATURES = 6, 5, 3, 4
 X = draw(0, (TIME, BATCH, INPUTS), offset=0.0)

@@ -1,6 +1,6 @@
 """What batch norm does inside a network, measured."""
 
-from jaxbn.diagnostics.spread import LayerSpread, spread, spread_table
+from jaxbn.diagnostics._running import LayerSpread, spread, spread_table
 
 __all__ = [
     # Health of the running statistics

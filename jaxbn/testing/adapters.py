@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxbn.normalizer import Normalizer
+from jaxbn._normalizer import Normalizer
 from jaxbn.testing.signatures import defaults, name_of, parameters_of, required, unwrapped
 from jaxbn.testing.subject import AXIS, Subject
 

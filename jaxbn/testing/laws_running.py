@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.fold import fold_preceding
+from jaxbn._fold import fold_preceding
 from jaxbn.testing import bounds
 from jaxbn.testing.bounds import FLOAT32
 from jaxbn.testing.laws import agree, law, require

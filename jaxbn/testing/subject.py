@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.normalizer import Normalizer
+from jaxbn._normalizer import Normalizer
 from jaxbn.testing import bounds, oracle
 from jaxbn.testing.laws import NEEDS
 from jaxbn.testing.scope import BATCH, Scope

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.normalizer import Normalizer
+from jaxbn._normalizer import Normalizer
 from jaxbn.testing.subject import Subject
 
 _NO_MODES = "called back on the host"

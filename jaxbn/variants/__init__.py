@@ -1,24 +1,24 @@
 """The normalizers of the literature, each one a `Normalizer`; the Flax linen cell is in `lstm_linen`."""
 
-from jaxbn.variants.conditional import conditional_batch_norm
-from jaxbn.variants.filter_response import filter_response_norm
-from jaxbn.variants.frozen import frozen, keep_at, path_mask, stop_gradient_at
-from jaxbn.variants.ghost import ghost_batch_norm
-from jaxbn.variants.group import group_norm
-from jaxbn.variants.instance import instance_norm
-from jaxbn.variants.inverse_root import inverse_square_root, newton_inverse_square_root
-from jaxbn.variants.layer import layer_norm
-from jaxbn.variants.lstm import LSTMCarry, RecurrentCell, batch_norm_lstm
-from jaxbn.variants.mean_only import mean_only_batch_norm, weight_norm, weight_norm_init, weight_norm_split
-from jaxbn.variants.noisy import noisy
-from jaxbn.variants.predecessors import penalty, renormalize_after_step
-from jaxbn.variants.recurrent import recurrent_batch_norm
-from jaxbn.variants.renorm import batch_renorm, paper_d_max, paper_r_max
-from jaxbn.variants.root_mean_square import rms_norm
-from jaxbn.variants.split import split_batch_norm
-from jaxbn.variants.stochastic import stochastic_batch_norm
-from jaxbn.variants.virtual import virtual_batch_norm
-from jaxbn.variants.whitening import whitening_norm
+from jaxbn.variants._conditional import conditional_batch_norm
+from jaxbn.variants._filter_response import filter_response_norm
+from jaxbn.variants._frozen import frozen, keep_at, path_mask, stop_gradient_at
+from jaxbn.variants._ghost import ghost_batch_norm
+from jaxbn.variants._group import group_norm
+from jaxbn.variants._instance import instance_norm
+from jaxbn.variants._inverse_root import inverse_square_root, newton_inverse_square_root
+from jaxbn.variants._layer import layer_norm
+from jaxbn.variants._lstm import LSTMCarry, RecurrentCell, batch_norm_lstm
+from jaxbn.variants._mean_only import mean_only_batch_norm, weight_norm, weight_norm_init, weight_norm_split
+from jaxbn.variants._noisy import noisy
+from jaxbn.variants._predecessors import penalty, renormalize_after_step
+from jaxbn.variants._recurrent import recurrent_batch_norm
+from jaxbn.variants._renorm import batch_renorm, paper_d_max, paper_r_max
+from jaxbn.variants._root_mean_square import rms_norm
+from jaxbn.variants._split import split_batch_norm
+from jaxbn.variants._stochastic import stochastic_batch_norm
+from jaxbn.variants._virtual import virtual_batch_norm
+from jaxbn.variants._whitening import whitening_norm
 
 __all__ = [
     # Statistics of the batch

@@ -1,0 +1,158 @@
+"""The programs whose cost is counted: one layer, a chain of convolutions, a ResNet's train step.
+
+Each is compiled for a mesh with one axis, "data", over which statistics are shared (`shard_map`).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxbn
+from experiments.bench import memory as bench_memory
+from experiments.bench.peer_layers import Activation, followed_by, linen
+from experiments.training.models import Network
+from experiments.training.resnet import resnet, xla_convolve
+from jaxbn import training
+
+# Of one device: 103 MB of float32, twice what an H100 caches (where reading again seems cheap, XLA fuses less).
+LAYER = (32, 56, 56, 256)
+CHAIN = (128, 56, 56, 64)
+CHAIN_LENGTH = 6
+LOOP = (32, 56, 56, 128)  # fewer channels a TPU pads
+IMAGES_PER_CHIP = 32
+IMAGE = (224, 224, 3)
+
+Arm = Callable[[str | None, Activation | None], jaxbn.Normalizer]  # of an axis name and an activation that follows
+
+
+ARMS: dict[str, Arm] = {
+    "none": lambda axis_name, activation: followed_by(jaxbn.identity(), activation),
+    "jaxbn": lambda axis_name, activation: followed_by(jaxbn.batch_norm(axis_name=axis_name), activation),
+    "jaxbn, fused": lambda axis_name, activation: jaxbn.batch_norm(axis_name=axis_name, activation=activation),
+    "flax": lambda axis_name, activation: followed_by(linen(axis_name=axis_name), activation),
+    "flax, exact variance": lambda axis_name, activation: followed_by(
+        linen(axis_name=axis_name, exact=True), activation
+    ),
+}
+
+
+def compile_layer(
+    norm: jaxbn.Normalizer, mesh: Mesh, *, output: bool, shape: tuple[int, ...] = LAYER
+) -> jax.stages.Compiled:
+    """One layer, forward and backward: gradients of <y, dy> by x and parameters, and the running statistics.
+
+    Args:
+      norm: whose y = norm(x).
+      mesh: with one axis, "data".
+      output: whether y is wanted too, as by a layer above.
+      shape: of x and of dy on one device, float32.
+    """
+    variables = norm.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+    def layer(params, x, dy):
+        def forward(params, x):
+            return norm.apply({**variables, "params": params}, x, train=True)
+
+        y, backward, batch_stats = jax.vjp(forward, params, x, has_aux=True)
+        return backward(dy), batch_stats, y if output else None
+
+    spread = jax.shard_map(
+        layer, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=((P(), P("data")), P(), P("data"))
+    )
+    x = _spread(shape, mesh)
+    return jax.jit(spread).lower(_whole(variables["params"], mesh), x, x).compile()
+
+
+def compile_chain(norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = CHAIN) -> jax.stages.Compiled:
+    """Six times a 3 x 3 convolution and the norm with its activation; gradients of <y, dy> by x and parameters.
+
+    Args:
+      norm: follows each convolution.
+      mesh: with one axis, "data".
+      shape: of x, dy and each activation on one device, float32.
+    """
+    kernel = (3, 3, shape[-1], shape[-1])
+    one = norm.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+    params = [{"kernel": jax.ShapeDtypeStruct(kernel, jnp.float32), "norm": one["params"]}] * CHAIN_LENGTH
+
+    def loss(params, x, dy):
+        moved = []
+        for unit in params:
+            variables = {"params": unit["norm"], "batch_stats": one["batch_stats"]}
+            x, batch_stats = norm.apply(variables, xla_convolve(x, unit["kernel"], 1), train=True)
+            moved.append(batch_stats)
+        return jnp.vdot(x, dy), moved
+
+    spread = jax.shard_map(
+        jax.grad(loss, argnums=(0, 1), has_aux=True),
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=((P(), P("data")), P()),
+    )
+    x = _spread(shape, mesh)
+    return jax.jit(spread).lower(_whole(params, mesh), x, x).compile()
+
+
+def compile_loop(
+    chain: Callable, norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = LOOP
+) -> jax.stages.Compiled:
+    """Gradients of a chain of `experiments.bench.memory`, the same on every device.
+
+    Args:
+      chain: chain(norm, x, units) -> (y, moved statistics).
+      norm: of its units.
+      mesh: whose devices take the whole batch each.
+      shape: of an activation, float32.
+    """
+    x, units = _whole(bench_memory.arguments(norm, shape), mesh)
+    return bench_memory.compile_gradient(partial(chain, norm), x, units)
+
+
+def compile_step(
+    norm: jaxbn.Normalizer, mesh: Mesh, spread: str = "shard_map", depth: int = 50, image: tuple[int, ...] = IMAGE
+) -> jax.stages.Compiled:
+    """A train step of a ResNet, bfloat16 activations, momentum SGD: "jit" or "shard_map"."""
+    network = resnet(depth, norm, dtype=jnp.bfloat16)
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    build = training.jit_step if spread == "jit" else training.shard_map_step
+    step = build(loss_of(network), optimizer, mesh=mesh)
+    batch = {
+        "image": _spread((IMAGES_PER_CHIP, *image), mesh, jnp.bfloat16),
+        "label": _spread((IMAGES_PER_CHIP,), mesh, jnp.int32),
+    }
+
+    def start(key):
+        variables = network.init(key, jax.ShapeDtypeStruct((2, *image), jnp.bfloat16))
+        return training.init_state(variables, optimizer)
+
+    state = _whole(jax.eval_shape(start, jax.random.key(0)), mesh)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return step.lower(state, batch, key).compile()
+
+
+def loss_of(network: Network) -> training.Loss:
+    """Cross-entropy of the labels."""
+
+    def loss(variables, batch, rng):
+        del rng
+        logits, batch_stats = network.apply(variables, batch["image"], train=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return training.Outcome(jnp.sum(losses), losses.size, batch_stats)
+
+    return loss
+
+
+def _spread(shape, mesh, dtype=jnp.float32):
+    """An array of which each device holds `shape`."""
+    return jax.ShapeDtypeStruct((mesh.size * shape[0], *shape[1:]), dtype, sharding=NamedSharding(mesh, P("data")))
+
+
+def _whole(tree, mesh):
+    """Arrays of which each device holds all."""
+    place = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
+    return jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), tree)

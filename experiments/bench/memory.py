@@ -1,0 +1,193 @@
+"""What batch norm keeps in memory for the backward pass, and what a checkpoint policy leaves of it.
+
+    python -m experiments bench memory
+
+Six blocks of a 3 x 3 convolution, a norm and relu, and one gradient by their input and parameters; with jaxbn's norm,
+with jaxbn's and relu fused into it, with Flax's; each as it is, and under `jax.checkpoint` with the policy
+`jaxbn.dots_and_statistics_saveable`. Everything is counted, nothing timed: what JAX records, and the temporary bytes of
+programs compiled for a CPU. The unit T is one activation.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import jaxbn
+from experiments.bench.peer_layers import followed_by, linen
+from experiments.framework.tables import Table
+from experiments.training.resnet import xla_convolve
+
+SHAPE = (32, 56, 56, 64)
+BLOCKS = 6
+PEER = "flax.linen"
+NORMS: dict[str, Callable[[], jaxbn.Normalizer]] = {
+    "jaxbn": lambda: followed_by(jaxbn.batch_norm(), jax.nn.relu),
+    "jaxbn, relu fused": lambda: jaxbn.batch_norm(activation=jax.nn.relu),
+    PEER: lambda: followed_by(linen(), jax.nn.relu),
+}
+CONVOLUTION_FIRST = "a loop over convolution, norm, relu"
+NORM_FIRST = "a loop over norm, relu, convolution"
+UNROLLED = "convolution, norm, relu, unrolled"
+NOTES = {
+    CONVOLUTION_FIRST: "The loop keeps what it carries, the outputs of relu, whatever the policy says.",
+    NORM_FIRST: "The loop carries the norm's input, and under the policy keeps nothing else.",
+    UNROLLED: "No gain from the policy here: XLA for CPUs drops the barriers that keep recomputation apart, takes the"
+    " forward pass's values instead, and copies what JAX marks as kept.",
+}
+_policy = jaxbn.dots_and_statistics_saveable
+
+Array = jax.Array
+Block = Callable[[jaxbn.Normalizer, Array, dict], tuple[Array, dict]]  # (norm, x, unit) -> (y, moved statistics)
+
+
+class Row(NamedTuple):
+    """What was counted of one norm.
+
+    Attributes:
+      norm: one of NORMS.
+      policy: whether under the checkpoint policy.
+      shape: of an activation, [batch, height, width, channels].
+      recorded: bytes of activations that `jax.vjp` of the unrolled chain keeps, in T.
+      temporary: bytes that a compiled gradient allocates beside its arguments and results, by program.
+    """
+
+    norm: str
+    policy: bool
+    shape: tuple[int, ...]
+    recorded: float
+    temporary: dict[str, int]
+
+
+def measured() -> Iterator[Row]:
+    """Every norm without and with the policy, one by one."""
+    return (measure(name, policy, SHAPE) for name in NORMS for policy in (False, True))
+
+
+def measure(name: str, policy: bool, shape: tuple[int, ...]) -> Row:
+    """Count one norm.
+
+    Args:
+      name: one of NORMS.
+      policy: whether to checkpoint.
+      shape: of an activation, [batch, height, width, channels], float32.
+    """
+    norm = NORMS[name]()
+    temporary = {title: temporary_bytes(partial(chain, norm), norm, shape) for title, chain in programs(policy).items()}
+    return Row(name, policy, shape, recorded(partial(unrolled(policy), norm), norm, shape), temporary)
+
+
+def recorded(chain: Callable, norm: jaxbn.Normalizer, shape: tuple[int, ...]) -> float:
+    """Bytes of activations kept by `jax.vjp` of `chain(x, units) -> (y, moved)`, in T; `shape` is x's."""
+    x, units = arguments(norm, shape)
+    kept = jax.tree.leaves(jax.eval_shape(lambda x, units: jax.vjp(chain, x, units, has_aux=True)[1], x, units))
+    return sum(_bytes(array) for array in kept if array.size >= x.size) / _bytes(x)
+
+
+def temporary_bytes(chain: Callable, norm: jaxbn.Normalizer, shape: tuple[int, ...]) -> int:
+    """Bytes that one compiled gradient of <y, dy> allocates while it runs, y that of `chain(x, units)`."""
+    return compile_gradient(chain, *arguments(norm, shape)).memory_analysis().temp_size_in_bytes
+
+
+def compile_gradient(chain: Callable, x: jax.ShapeDtypeStruct, units: dict) -> jax.stages.Compiled:
+    """Gradients of <y, dy> by x and the units, and the moved statistics, y of `chain(x, units) -> (y, moved)`."""
+
+    def loss(x, units, dy):
+        y, moved = chain(x, units)
+        return jnp.vdot(y, dy), moved
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(x, units, x).compile()
+
+
+def arguments(norm: jaxbn.Normalizer, shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, dict]:
+    """x, and the units stacked along a first axis: kernel [BLOCKS, 3, 3, channels, channels], variables of the norm."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    one = jax.eval_shape(lambda key: norm.init(key, x), jax.random.key(0))
+    unit = {"kernel": jax.ShapeDtypeStruct((3, 3, shape[-1], shape[-1]), jnp.float32), **one}
+    return x, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((BLOCKS, *leaf.shape), leaf.dtype), unit)
+
+
+def convolve_first(norm: jaxbn.Normalizer, x: Array, unit: dict) -> tuple[Array, dict]:
+    """A convolution, the norm, relu: x and y are outputs of relu."""
+    return norm.apply(_variables(unit), xla_convolve(x, unit["kernel"], 1), train=True)
+
+
+def norm_first(norm: jaxbn.Normalizer, x: Array, unit: dict) -> tuple[Array, dict]:
+    """The norm, relu, a convolution: x and y are outputs of convolutions."""
+    y, moved = norm.apply(_variables(unit), x, train=True)
+    return xla_convolve(y, unit["kernel"], 1), moved
+
+
+def _variables(unit):
+    # Running statistics are none of the parameters: no gradient flows to them.
+    return {"params": unit["params"], "batch_stats": lax.stop_gradient(unit["batch_stats"])}
+
+
+def programs(policy: bool) -> dict[str, Callable]:
+    """The chains `(norm, x, units) -> (y, moved)` of which gradients are compiled, by title."""
+    return {
+        CONVOLUTION_FIRST: loop(convolve_first, policy),
+        NORM_FIRST: loop(norm_first, policy),
+        UNROLLED: unrolled(policy),
+    }
+
+
+def loop(block: Block, policy: bool) -> Callable:
+    """The chain as `lax.scan`; the checkpoint is around its body."""
+
+    def chain(norm, x, units):
+        body = partial(block, norm)
+        return lax.scan(jax.checkpoint(body, policy=_policy, prevent_cse=False) if policy else body, x, units)
+
+    return chain
+
+
+def unrolled(policy: bool) -> Callable:
+    """The chain written out, a convolution first; the checkpoint is around all of it."""
+
+    def chain(norm, x, units):
+        moved = []
+        for number in range(BLOCKS):
+            x, batch_stats = convolve_first(norm, x, jax.tree.map(lambda leaf, i=number: leaf[i], units))
+            moved.append(batch_stats)
+        return x, moved
+
+    def checkpointed(norm, x, units):
+        return jax.checkpoint(partial(chain, norm), policy=_policy)(x, units)
+
+    return checkpointed if policy else chain
+
+
+def tabulate(rows: Sequence[Row]) -> list[Table]:
+    """What is recorded, then a table a program; shares are of what Flax takes without the policy."""
+    peer = next(row for row in rows if row.norm == PEER and not row.policy)
+    unit, where = 4 * math.prod(peer.shape), _where(peer.shape)
+    body = [[_label(row), f"{row.recorded:.1f}", f"{row.recorded / peer.recorded:.0%}"] for row in rows]
+    note = f"{where} Zeros of relu's derivative are among what is recorded; XLA makes them where it uses them."
+    tables = [Table("What JAX records of the unrolled chain", ["", "T", "of Flax's"], body, note)]
+    for title, whole in peer.temporary.items():
+        body = [
+            [_label(row), f"{found / 1e6:.1f}", f"{found / unit:.1f}", f"{found / whole:.0%}"]
+            for row in rows
+            for found in (row.temporary[title],)
+        ]
+        columns = ["", "MB", "T", "of Flax's"]
+        tables.append(Table(f"Temporary bytes of one gradient: {title}", columns, body, f"{where} {NOTES[title]}"))
+    return tables
+
+
+def _label(row):
+    return f"{row.norm}, under the policy" if row.policy else row.norm
+
+
+def _where(shape):
+    size = " x ".join(map(str, shape))
+    return f"{BLOCKS} blocks of {size}, float32; compiled for a CPU by jax {jax.__version__}."
+
+
+def _bytes(array):
+    return array.size * array.dtype.itemsize

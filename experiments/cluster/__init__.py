@@ -1,0 +1,1 @@
+"""Training one network over devices and many processes."""

@@ -1,0 +1,1 @@
+"""What every experiment stands on: claims, records, verdicts, tables, pictures, the report."""

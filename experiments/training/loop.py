@@ -1,0 +1,314 @@
+"""Training a grid: every run (seed, rate, initialization, ...) of one architecture, together, in one compiled program.
+
+A *run* is a dict of numbers, with at least `"seed"`; a grid is a list of them, seed after seed, with equally many runs
+of each. The runs of a seed see the same batches: they train under a `vmap` inside a `lax.scan` over steps, and the
+seeds under a `vmap` around it or, where a few networks already fill the machine and its caches, a `lax.map`. The
+data set lies on the device once and all runs draw from it; metrics come back once per interval; the state is donated.
+Memory is bounded by training a long grid in parts of equal size, one after the other.
+
+Everything random follows from a run's seed and the step's number alone, so that a run is the same in any grid, and a
+grid that continues from a checkpoint goes on as if it had never stopped.
+"""
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from experiments.framework import checkpoint
+from experiments.framework.record import Record
+from experiments.training import data
+
+EVALUATION_BATCH = 1000  # images at a time: what a forward pass over the test set keeps in memory
+
+Track = Callable[[str, int, int], None]  # label, units done, units in all
+
+
+def softmax_loss(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of the softmax, mean over the batch; logits: [batch, classes], labels: int [batch]."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def sigmoid_loss(logits: Array, labels: Array) -> Array:
+    """Cross-entropy of a sigmoid per class against one-hot labels, mean over the batch *and the classes*."""
+    return optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1])).mean()
+
+
+class Task(NamedTuple):
+    """What the runs of a grid have in common, as functions of the run (a dict of scalars, traced)."""
+
+    init: Callable  # init(run, key, x) -> {"params", "batch_stats"}; x: one batch of float32 images
+    apply: Callable  # apply(variables, x, *, train) -> (logits, batch_stats)
+    optimizer: Callable  # optimizer(run) -> optax.GradientTransformation
+    loss: Callable = softmax_loss  # loss(logits, labels) -> scalar
+
+
+class Schedule(NamedTuple):
+    """How long and in what portions: `steps` of `batch_size` examples, measured every `interval` steps."""
+
+    steps: int
+    interval: int
+    batch_size: int
+    runs_at_once: int = 64  # runs in memory together; at least those of one seed
+    mapped: bool | None = None  # seed after seed (lax.map) or all at once (vmap); None: mapped on a CPU
+
+
+def on_device(dataset: data.Dataset) -> dict[str, Array]:
+    """The data set as device arrays, the test set padded to whole evaluation batches with the label -1.
+
+    Training images are flattened to [n, pixels]: XLA gathers rows of bytes ten times faster than images.
+    """
+    padding = -len(dataset.test_labels) % min(EVALUATION_BATCH, len(dataset.test_labels))
+    arrays = {
+        "train_images": dataset.train_images.reshape(len(dataset.train_images), -1),
+        "train_labels": dataset.train_labels,
+        "test_images": np.pad(dataset.test_images, [(0, padding), (0, 0), (0, 0), (0, 0)]),
+        "test_labels": np.pad(dataset.test_labels, (0, padding), constant_values=-1),
+    }
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def draw(seeds: Array, start: Array, steps: int, batch_size: int, examples: int) -> Array:
+    """`batch_indices` of every seed: int32 [seeds, steps, batch_size]. Its own program: all architectures share it."""
+    return jax.vmap(lambda seed: batch_indices(seed, start, steps, batch_size, examples))(seeds)
+
+
+def batch_indices(seed: Array, start: Array, steps: int, batch_size: int, examples: int) -> Array:
+    """Which examples make the batches of steps `start ... start + steps - 1`: int32 [steps, batch_size].
+
+    Every epoch is a fresh permutation, keyed by the seed and the epoch's number; the examples that do not fill a last
+    batch sit that epoch out.
+    """
+    per_epoch = examples // batch_size
+    if not per_epoch:
+        raise ValueError(f"a batch of {batch_size} cannot be drawn from {examples} examples")
+    touched = (steps + per_epoch - 2) // per_epoch + 1  # epochs that `steps` steps can touch at most
+    epochs = start // per_epoch + jnp.arange(touched)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    shuffled = jax.vmap(lambda epoch: jax.random.permutation(jax.random.fold_in(key, epoch), examples))(epochs)
+    batches = shuffled[:, : per_epoch * batch_size].reshape(touched * per_epoch, batch_size)
+    return jax.lax.dynamic_slice_in_dim(batches, start % per_epoch, steps)
+
+
+def take(arrays: dict, index: Array) -> tuple[Array, Array]:
+    """The training images (float32, image-shaped) and labels numbered by `index` [batch]."""
+    flat = arrays["train_images"].at[index].get(mode="promise_in_bounds")
+    images = data.pixels(flat).reshape(len(index), *arrays["test_images"].shape[1:])
+    return images, arrays["train_labels"].at[index].get(mode="promise_in_bounds")
+
+
+def init_run(task: Task, images: Array, run: dict) -> dict:
+    """The state of one run before its first step: variables and the optimizer's state."""
+    key = jax.random.fold_in(jax.random.key(run["seed"]), 0)
+    variables = task.init(run, key, data.pixels(images[:2]))
+    return {"variables": variables, "optimizer": task.optimizer(run).init(variables["params"])}
+
+
+def train_step(task: Task, run: dict, state: dict, images: Array, labels: Array) -> tuple[dict, Array]:
+    """One gradient step of one run on the loss; returns the new state and the loss before the step."""
+
+    def loss_of(params: dict) -> tuple[Array, dict]:
+        logits, batch_stats = task.apply({**state["variables"], "params": params}, images, train=True)
+        return task.loss(logits, labels), batch_stats
+
+    params = state["variables"]["params"]
+    (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
+    updates, optimizer = task.optimizer(run).update(gradient, state["optimizer"], params)
+    params = optax.apply_updates(params, updates)
+    return {"variables": {"params": params, "batch_stats": batch_stats}, "optimizer": optimizer}, loss
+
+
+def accuracy(apply: Callable, variables: dict, images: Array, labels: Array) -> Array:
+    """The share of images whose label is predicted at test time; labels of -1 are padding. float32 scalar."""
+    size = min(EVALUATION_BATCH, len(labels))
+
+    def correct(batch: tuple[Array, Array]) -> Array:
+        logits, _ = apply(variables, data.pixels(batch[0]), train=False)
+        return jnp.sum(jnp.argmax(logits, axis=-1) == batch[1])
+
+    hits = jax.lax.map(correct, (images.reshape(-1, size, *images.shape[1:]), labels.reshape(-1, size)))
+    return jnp.sum(hits) / jnp.sum(labels >= 0)
+
+
+class Programs(NamedTuple):
+    """A grid's programs. Every leaf of `states`, and every entry of `runs`, has a leading axis [runs]."""
+
+    start: Callable  # start(runs, arrays) -> states before the first step
+    advance: Callable  # advance(states, runs, arrays, step) -> (states, loss [runs]); consumes the states
+    evaluate: Callable  # evaluate(states, arrays) -> test accuracy [runs]
+
+
+@functools.lru_cache(maxsize=8)
+def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
+    """The programs for grids of `task` with `per_seed` runs of each seed; asked again, the same compiled ones.
+
+    `advance` trains every run for one interval from step number `step` on and returns the mean loss of the interval.
+    """
+    mapped = jax.default_backend() == "cpu" if schedule.mapped is None else schedule.mapped
+    over_seeds = jax.lax.map if mapped else lambda f, xs: jax.vmap(f)(xs)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_interval(states: dict, runs: dict, arrays: dict, indices: Array) -> tuple[dict, Array]:
+        def train_seed(of_seed: tuple[dict, dict, Array]) -> tuple[dict, Array]:
+            states, runs, indices = of_seed
+
+            def body(states: dict, index: Array) -> tuple[dict, Array]:
+                batch = take(arrays, index)
+                return jax.vmap(lambda state, run: train_step(task, run, state, *batch))(states, runs)
+
+            states, losses = jax.lax.scan(body, states, indices)
+            return states, losses.mean(axis=0)
+
+        return join(over_seeds(train_seed, (*split((states, runs), per_seed), indices)))
+
+    @jax.jit
+    def evaluate(states: dict, arrays: dict) -> Array:
+        def evaluate_seed(variables: dict) -> Array:
+            test = arrays["test_images"], arrays["test_labels"]
+            return jax.vmap(lambda of_run: accuracy(task.apply, of_run, *test))(variables)
+
+        return join(over_seeds(evaluate_seed, split(states["variables"], per_seed)))
+
+    def advance(states: dict, runs: dict, arrays: dict, step: int) -> tuple[dict, Array]:
+        examples = len(arrays["train_labels"])
+        drawn = draw(runs["seed"][::per_seed], step, schedule.interval, schedule.batch_size, examples)
+        return train_interval(states, runs, arrays, drawn)
+
+    def start(runs: dict, arrays: dict) -> dict:
+        # Not compiled as a whole: random draws are slow to compile, and taken one by one they are compiled once for
+        # all architectures that have the same shapes.
+        return jax.vmap(partial(init_run, task, arrays["test_images"]))(runs)
+
+    return Programs(start, advance, evaluate)
+
+
+def split(tree: object, per_seed: int) -> object:
+    """Leaves [runs, ...] to [seeds, per_seed, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, per_seed, *leaf.shape[1:]), tree)
+
+
+def join(tree: object) -> object:
+    """Leaves [seeds, per_seed, ...] to [runs, ...]."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+
+
+def runs_per_seed(runs: list[dict]) -> int:
+    """How many runs each seed has; ValueError unless they come seed after seed, equally many of each."""
+    per_seed = sum(run["seed"] == runs[0]["seed"] for run in runs)
+    groups = [{run["seed"] for run in runs[first : first + per_seed]} for first in range(0, len(runs), per_seed)]
+    if len(runs) % per_seed or any(len(seeds) > 1 for seeds in groups):
+        raise ValueError(f"runs must come seed after seed, equally many of each; got {[r['seed'] for r in runs]}")
+    return per_seed
+
+
+def parts_of(runs: list[dict], at_once: int) -> list[list[dict]]:
+    """Split a grid, between seeds, into as few parts of at most `at_once` runs as will do, of nearly equal sizes."""
+    per_seed = runs_per_seed(runs)
+    seeds = len(runs) // per_seed
+    count = -(-seeds // max(1, at_once // per_seed))
+    size = -(-seeds // count) * per_seed
+    return [runs[first : first + size] for first in range(0, len(runs), size)]
+
+
+def stacked(runs: list[dict], size: int) -> dict[str, Array]:
+    """Runs as a dict of arrays [size]; the last seed fills up a part that is too short, so that nothing retraces."""
+    per_seed = runs_per_seed(runs)
+    filled = [*runs, *runs[-per_seed:] * ((size - len(runs)) // per_seed)]
+    return {
+        name: jnp.asarray([run[name] for run in filled], jnp.int32 if name == "seed" else jnp.float32)
+        for name in runs[0]
+    }
+
+
+def train_grid(
+    record: Record,
+    stage: str,
+    task: Task,
+    schedule: Schedule,
+    runs: list[dict],
+    dataset: data.Dataset,
+    track: Track,
+    conclude: Callable[[list[dict], dict, dict], list[dict]] = lambda runs, variables, arrays: [],
+) -> None:
+    """Train every run of a grid and append its rows to the record, or continue where an earlier process stopped.
+
+    Rows are {"stage", "runs": the list} once, then {"stage", "first", "step", "loss": [...], "accuracy": [...]} per
+    interval, where `first` is the number in the grid of the first run of the lists. `conclude(runs, variables,
+    arrays)` sees the trained networks of each part (leaves [runs, ...]) and returns further rows.
+    """
+    if record.is_done(stage):
+        return
+    arrays, parts = on_device(dataset), parts_of(runs, schedule.runs_at_once)
+    programs = compile_grid(task, schedule, runs_per_seed(runs))
+    first_part, done = checkpoint.position(record, stage)
+    if (first_part, done) == (0, 0):
+        record.append([{"stage": stage, "runs": runs}])
+    for number in range(first_part, len(parts)):
+        members = parts[number]
+        part = _Part(number, len(parts), members, stacked(members, len(parts[0])))
+        states = _train_part(record, stage, programs, schedule, part, arrays, track, done)
+        trained = jax.tree.map(partial(_first, len(members)), states["variables"])
+        record.append(conclude(members, trained, arrays))
+        checkpoint.pass_part(record, stage, number + 1)
+        done = 0
+    record.finish(stage)
+
+
+def _first(count: int, leaf: Array) -> Array:
+    return leaf[:count]
+
+
+class _Part(NamedTuple):
+    number: int
+    of: int
+    runs: list[dict]
+    stacked: dict[str, Array]
+
+
+def _train_part(record, stage, programs, schedule, part, arrays, track, done) -> dict:
+    """Train one part from its start, or from the record's checkpoint if `done` intervals are done; final states."""
+    intervals, size = schedule.steps // schedule.interval, len(part.stacked["seed"])
+    if done:
+        states = checkpoint.restore(record, jax.eval_shape(programs.start, part.stacked, arrays))
+    else:
+        states = programs.start(part.stacked, arrays)
+    for number in range(done, intervals):
+        track(stage, part.number * schedule.steps + number * schedule.interval, part.of * schedule.steps)
+        states, loss = programs.advance(states, part.stacked, arrays, number * schedule.interval)
+        metrics = {"loss": loss, "accuracy": programs.evaluate(states, arrays)}
+        row = {"stage": stage, "first": part.number * size, "step": (number + 1) * schedule.interval}
+        record.append([row | {name: np.asarray(values)[: len(part.runs)] for name, values in metrics.items()}])
+        if checkpoint.is_due(record):
+            checkpoint.save(record, stage, part.number, number + 1, states)
+    track(stage, (part.number + 1) * schedule.steps, part.of * schedule.steps)
+    return states
+
+
+class Curves(NamedTuple):
+    """What `train_grid` recorded of a stage."""
+
+    runs: list[dict]
+    steps: np.ndarray  # [points] int
+    loss: np.ndarray  # [runs, points]; nan where it was not finite
+    accuracy: np.ndarray  # [runs, points], test accuracy from 0 to 1
+
+
+def curves(rows: list[dict], stage: str) -> Curves:
+    """Put the rows of one stage together again."""
+    own = [row for row in rows if row.get("stage") == stage]
+    runs = next(row["runs"] for row in own if "runs" in row)
+    measured = [row for row in own if "step" in row]
+    steps = sorted({row["step"] for row in measured})
+    joined = {name: np.full((len(runs), len(steps)), np.nan) for name in ("loss", "accuracy")}
+    for row in measured:
+        first, column = row["first"], steps.index(row["step"])
+        for name, values in joined.items():
+            values[first : first + len(row[name]), column] = row[name]
+    return Curves(runs, np.asarray(steps), joined["loss"], joined["accuracy"])

@@ -1,0 +1,316 @@
+"""Standardize, scale and shift: with given statistics, or with the array's own and gradients through them."""
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxbn._cpu import Rows, long_rows, on_cpu, shared, unshared
+from jaxbn._moments import (
+    Across,
+    Measured,
+    Moments,
+    canonical_axes,
+    combined_weights,
+    inexact,
+    inner,
+    measure_groups,
+    shared_axes,
+    tangent_means,
+    wide,
+)
+
+Activation = Callable[[jax.Array], jax.Array]
+
+# By these names the policies of a `jax.checkpoint` know what the derivative rule keeps: vectors, and the input.
+STATISTICS = "jaxbn_statistics"
+INPUT = "jaxbn_input"
+
+
+def normalize(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] | None,
+    epsilon: float,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual), with given statistics.
+
+    For the statistics of x itself use `batch_normalize`, which also subtracts what rounding the mean to one float lost.
+    The backward pass keeps x and the vectors, nothing of the output's size.
+
+    Args:
+      x: floating or complex array.
+      mean: [features]: x's shape without `axis`; or broadcastable to that with as many axes.
+      var: as mean, real.
+      scale: as mean; None is 1.
+      bias: as mean; None is 0.
+      axis: the axes over which the statistics are shared, as in `jnp.mean`; None means all.
+      epsilon: added to var, inside the square root.
+      activation: elementwise function applied last, before the output is rounded to `dtype`.
+      residual: array of x's shape added before the activation: the shortcut of a residual network.
+      dtype: of the output; None is x's.
+
+    Raises:
+      TypeError: x is not floating or complex.
+      ValueError: an axis out of range, or statistics whose rank is not x's without `axis`.
+    """
+    x = inexact(x)
+    axes = canonical_axes(axis, x.ndim)
+    mean, var = jnp.asarray(mean), jnp.asarray(var)
+    for name, value in (("mean", mean), ("var", var), ("scale", scale), ("bias", bias)):
+        _check_features(name, value, x, axes)
+    _check_residual(residual, x)
+    spec = _Spec(axes, Across(), checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
+    measured = Measured(jnp.zeros(()), mean, jnp.zeros_like(mean), var)
+    return jax.checkpoint(_affine, prevent_cse=False, static_argnums=(6,))(
+        x, measured, scale, bias, residual, None, spec
+    )
+
+
+def batch_normalize(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] | None,
+    epsilon: float,
+    where: jax.Array | None = None,
+    weights: jax.Array | None = None,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    activation: Activation | None = None,
+    residual: jax.Array | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalize x by its own mean and variance over `axis`; gradients flow through both.
+
+    y = activation(scale * (x - mean) / sqrt(var + epsilon) + bias + residual), every place of x included, those that
+    `where` leaves out too (as if at the mean where such a place holds no finite number). All derivative modes and
+    orders work. The backward pass keeps x, `residual` and vectors of the features' shape, recomputes the rest, and
+    takes two sums and one pass over x, with one collective. The transform is that of Ioffe and Szegedy (2015,
+    algorithm 1).
+
+    Args:
+      x: floating or complex array of any shape; float16 and bfloat16 are computed in float32.
+      scale: [features], x's shape without `axis`, or broadcastable to that with as many axes; None is 1.
+      bias: as scale; None is 0.
+      axis: the axes to reduce, as in `jnp.mean`; None reduces all.
+      epsilon: added to the variance, inside the square root.
+      where: boolean mask of the values that count in the statistics; see `moments`.
+      weights: real weights of the values in the statistics; see `moments`.
+      axis_name: named axis, or tuple of them, whose shards share the statistics.
+      axis_index_groups: groups of shards that share them; see `moments`.
+      activation: elementwise function applied last, before the output is rounded to `dtype`.
+      residual: array of x's shape added before the activation.
+      dtype: of the output; None is x's.
+
+    Returns:
+      y of x's shape, and the Moments of x: float32 at least, [features].
+
+    Raises:
+      TypeError, ValueError: as `moments`, and for a scale, bias or residual of the wrong shape.
+    """
+    across = shared_axes(axis_name, axis_index_groups)
+    how = dict(axis=axis, epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
+    y, measured = normalize_by_batch(x, scale, bias, where=where, weights=weights, across=across, **how)
+    return y, across.own(measured.moments)
+
+
+def normalize_by_batch(
+    x, scale, bias, *, axis, epsilon, where, weights, across, activation, residual, dtype, guess=None
+) -> tuple[jax.Array, Measured]:
+    """`batch_normalize` for an Across, with a guess as in `measure_groups`; measured as `across.total` gives it."""
+    x = inexact(x)
+    axes = canonical_axes(axis, x.ndim)
+    _check_features("scale", scale, x, axes)
+    _check_features("bias", bias, x, axes)
+    _check_residual(residual, x)
+    spec = _Spec(axes, across, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
+    return _standardize(x, scale, bias, residual, combined_weights(x, where, weights), guess, spec)
+
+
+class _Spec(NamedTuple):
+    """The static part of a normalization."""
+
+    axes: tuple[int, ...]
+    across: Across
+    epsilon: float
+    activation: Activation | None
+    dtype: jnp.dtype
+
+
+def _affine(x, measured, scale, bias, residual, weights, spec):
+    """The output, from given statistics; one pass over x."""
+    own = spec.across.own(measured)
+    gain, offset = _gain_and_offset(own, scale, bias, spec)
+    rows = Rows(x.shape, spec.axes)
+    y = _before_activation(rows, x, own.mean, gain, offset, residual, weights)
+    return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype)
+
+
+def _gain_and_offset(measured, scale, bias, spec):
+    """Two vectors beside the mean and no more: compilers for GPUs then recompute y where it is used, not store it."""
+    gain = lax.rsqrt(measured.var + spec.epsilon)
+    gain = gain if scale is None else scale * gain
+    return gain, -measured.remainder * gain if bias is None else bias - measured.remainder * gain
+
+
+def _before_activation(rows, x, mean, gain, offset, residual, weights):
+    y = _deviations(rows, x, mean, weights) * rows.spread(gain) + rows.spread(offset)
+    return y if residual is None else y + wide(residual)
+
+
+def _deviations(rows, x, mean, weights):
+    """X minus its mean as one float; what rounding that lost is made good by vectors."""
+    c = wide(x) - rows.spread(mean)
+    # Padding may hold anything, and a NaN in y would come back in every gradient: times a cotangent of 0 it is NaN.
+    return c if weights is None else jnp.where((weights == 0) & ~jnp.isfinite(c), 0, c)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(6,))
+def _standardize(x, scale, bias, residual, weights, guess, spec):
+    """The guess as in `measure_groups`, or the statistics themselves, which are then not measured again."""
+    known = isinstance(guess, Measured)
+    measured = guess if known else measure_groups(x, weights, guess, spec.axes, spec.across)
+    return _affine(x, measured, scale, bias, residual, weights, spec), measured
+
+
+@_standardize.defjvp
+def _standardize_jvp(spec, primals, tangents):
+    x, scale, bias, residual, weights, guess = primals
+    known = _known_statistics(x, weights, guess, spec)
+    # A checkpoint around all this that saves x would save it again for the one of `_tangent`, were there not a name in
+    # between, which it does not save.
+    x = checkpoint_name(x, INPUT)
+    y, measured = _standardize(x, scale, bias, residual, weights, known, spec)
+    dy, dmean, dvar = _tangent(spec, x, scale, bias, residual, weights, measured, *tangents[:4])
+    zeros = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
+    return (y, measured), (dy, Measured(zeros[0], dmean, zeros[1], dvar))
+
+
+def _known_statistics(x, weights, guess, spec):
+    """Statistics by a name by which checkpoints save them; constants, for `_tangent` differentiates through them."""
+    if isinstance(guess, Measured):
+        return guess
+    x, guess = lax.stop_gradient((x, guess))
+    return checkpoint_name(measure_groups(x, weights, guess, spec.axes, spec.across), STATISTICS)
+
+
+# Written so that its transpose, which JAX derives, is the least backward pass: two sums of the output's cotangent (they
+# are the gradients of bias and scale too) and one elementwise pass. The checkpoint makes it keep x and vectors, and
+# recompute the rest where it is used. Statistics enter in units of the standard deviation: var itself would leave the
+# range of float32 in the products. Deviations stand in it twice: the first are summed in forward mode, the second in
+# the backward pass.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
+def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbias, dresidual):
+    axes, own, row = spec.axes, spec.across.own, spec.across.row
+    rstd = lax.rsqrt(measured.var + spec.epsilon)
+    gain = rstd if scale is None else row(scale) * rstd
+    rows = Rows(x.shape, axes)
+    vectors = own(measured.mean), own(rstd)
+    x_once, mean, unit = on_cpu(partial(unshared, number=3), partial(shared, number=3), (x, *vectors))
+    c = _deviations(rows, x_once, mean, weights) * rows.spread(unit)
+    mean_dx, mean_xhat_dx = tangent_means(wide(dx), c, weights, measured.count, axes, spec.across)
+    mean_xhat_dx = mean_xhat_dx - inner(measured.remainder, mean_dx) * rstd
+    means = _varying_together(
+        (mean_dx, mean_xhat_dx), spec.across, *(v for v in (gain, dbias, dscale) if v is not None)
+    )
+    shift = -gain * means[0] if dbias is None else row(dbias) - gain * means[0]
+    slope = -gain * means[1] if dscale is None else row(dscale) - gain * means[1]
+    gain, shift, slope = own((gain, *_varying_together((shift, slope), spec.across, x)))
+    slope = slope * own(rstd)
+    shift = shift - slope * own(measured.remainder)
+    statistics = own(measured)
+    vectors = statistics.mean, *_gain_and_offset(statistics, scale, bias, spec), gain, shift, slope
+    dy = _output_tangent(spec, x, residual, weights, vectors, dx, dresidual)
+    return dy, mean_dx, 2 * mean_xhat_dx / rstd
+
+
+def _output_tangent(spec, x, residual, weights, vectors, dx, dresidual):
+    """activation'(y) (gain dx + dresidual + shift + slope (x - mean)), y from the first three vectors.
+
+    On a CPU the terms are kept apart, so that what they transpose to are sums in which XLA:CPU reads cotangent and x
+    as they are; without an activation each is rounded by itself and sums take long rows. Else the cotangent has to be
+    written first, times the derivative of the activation; long rows then gain nothing.
+    """
+    short = Rows(x.shape, spec.axes)
+    long = long_rows(x.shape, spec.axes) if weights is None else short
+    change = partial(_change, spec, weights)
+    if spec.activation is None:
+        cpu = partial(change, long, unshared, spec.dtype)
+    else:
+        cpu = partial(change, short, unshared, None)
+    default = partial(change, short, shared, None)
+    return on_cpu(cpu, default, x, residual, vectors, dx, dresidual)
+
+
+def _change(spec, weights, rows, apart, term_dtype, x, residual, vectors, dx, dresidual):
+    """`_output_tangent` for an array in rows; each term is rounded to term_dtype by itself, unless that is None."""
+    mean, gain_of_y, offset_of_y, gain, shift, slope = vectors
+    first = rows.spread(gain) * wide(rows.lay(dx))
+    first = first if dresidual is None else first + wide(rows.lay(dresidual))
+    second = jnp.broadcast_to(rows.spread(shift), first.shape)
+    x_again, mean_again, slope = apart((rows.lay(x), mean, slope), 4)
+    third = _deviations(rows, x_again, mean_again, weights) * rows.spread(slope)
+    terms = (v if term_dtype is None else v.astype(term_dtype) for v in (first, second, third))
+    first, second, third = (apart(v, number) for number, v in enumerate(terms))
+    dy = rows.back(first + second + third)
+    if spec.activation is not None:
+        y = _before_activation(rows, apart(x, 5), mean, gain_of_y, offset_of_y, residual, weights)
+        dy = jax.jvp(spec.activation, (y,), (dy,))[1]
+    return dy.astype(spec.dtype)
+
+
+def _varying_together(tree, across, *others):
+    """Mark vectors as varying, as others do, in one step: their cotangents are then summed in one collective."""
+    axes = tuple(_varying(others) - _varying(tree))
+    if across.axis_name is None or not axes:
+        return tree
+    shape = jnp.broadcast_shapes(*(v.shape for v in tree))
+    stacked = jnp.stack([jnp.broadcast_to(v, shape) for v in tree])
+    return tuple(lax.pcast(stacked, axes, to="varying"))
+
+
+def _varying(vectors):
+    return frozenset().union(*map(varying_axes, vectors))
+
+
+def varying_axes(x: jax.Array) -> frozenset:
+    """Names of the mesh axes over which x differs inside shard_map; the attribute was called vma up to jax 0.10.1."""
+    aval = jax.typeof(x)
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
+def checked_epsilon(epsilon: float) -> float:
+    """Epsilon as a float; ValueError unless finite and not negative."""
+    if not (epsilon >= 0 and math.isfinite(epsilon)):
+        raise ValueError(f"epsilon={epsilon}; expected a finite number of at least 0, such as 1e-5.")
+    return float(epsilon)
+
+
+def _check_features(name, value, x, axes):
+    if value is None:
+        return
+    features = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
+    shape = jnp.shape(value)
+    if len(shape) != len(features) or any(a not in (1, b) for a, b in zip(shape, features, strict=True)):
+        raise ValueError(
+            f"{name} has shape {shape}; x of shape {x.shape} reduced over axes {axes} has features of shape {features}."
+        )
+
+
+def _check_residual(residual, x):
+    if residual is not None and jnp.shape(residual) != x.shape:
+        raise ValueError(f"residual has shape {jnp.shape(residual)}; expected x's shape {x.shape}.")

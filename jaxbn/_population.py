@@ -1,0 +1,196 @@
+"""Exact statistics of a whole data set for a trained network: precise batch norm (Wu and Johnson 2021, section 3)."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxbn._layers import Layers, find_layers, replace_layers
+from jaxbn._moments import Moments
+from jaxbn._recording import start_record
+
+Apply = Callable[[dict, Any], Any]
+
+
+def population_statistics(
+    apply: Apply,
+    variables: dict,
+    batches: Iterable,
+    *,
+    layer_by_layer: bool = False,
+    unbiased: bool = False,
+    tolerance: float = 1e-6,
+    max_passes: int = 100,
+) -> Any:
+    """Running statistics that are the exact mean and variance of every layer's input over a data set.
+
+    Batches are pooled by the number of values that each feature saw, so that they may be of unequal size and masked,
+    and the sums are float64: what remains is the rounding within a batch. Layers used more than once in a forward pass
+    pool all their uses. A layer or feature that saw nothing keeps its statistics.
+
+    All at once (the default) is one pass over the data in which every layer normalizes by its batch, as in training:
+    deeper layers are measured on inputs that carry the noise of small batches below them. With layer_by_layer every
+    layer is measured on what it gets at test time, its lower layers normalized by the population. The result then does
+    not depend on how the data is cut into batches. It costs one pass more than the longest chain of
+    normalizations: each pass measures all layers, those settled below which all are settled are right, and the last
+    pass sees that nothing changes. A layer that feeds itself (one set of statistics used twice in a chain) settles
+    geometrically, to within `tolerance`.
+
+    Shards: with `axis_name` in the layers, or under `jit` with sharded inputs, the statistics are those of all shards.
+    With several processes each passes the same global batches and gets the same result; `apply` then has to return
+    replicated statistics (`jax.jit(..., out_shardings=...)`).
+
+    Args:
+      apply: apply(variables, batch) -> moved batch_stats, the network in training mode; jit it for speed. In linen:
+        `lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]`. Its layers are
+        jaxbn's normalizers and modules, or made `recordable`.
+      variables: {"params", "batch_stats", ...}; params as trained, or averaged over steps (EMA, SWA).
+      batches: what `apply` takes, one after the other; with layer_by_layer something that can be iterated again.
+      layer_by_layer: see above.
+      unbiased: multiply the variance by n / (n - 1), n the count.
+      tolerance: the change, relative to a feature's |mean| + std and variance, at which layer_by_layer ends.
+      max_passes: at which layer_by_layer gives up.
+
+    Returns:
+      batch_stats of the same structure, shapes and dtypes. Variances are biased unless told otherwise; "weight", where
+      there is one, is 1.
+
+    Raises:
+      TypeError: a layer does not record: it is neither jaxbn's nor made `recordable`.
+      ValueError: no layers, no batches, statistics that are not finite, nothing recorded (apply not in training mode),
+        batches that can be read only once, or layers that do not settle within max_passes.
+    """
+    if not layer_by_layer:
+        pooled = _sweep(apply, variables, batches, by_running=False)
+        return _with_statistics(variables["batch_stats"], pooled, unbiased)
+    if iter(batches) is batches:
+        raise ValueError(
+            "batches is an iterator, which ends after one pass; layer_by_layer takes several: pass a list, or an"
+            " object whose __iter__ starts anew."
+        )
+    for _ in range(max_passes):
+        old = variables["batch_stats"]
+        pooled = _sweep(apply, variables, batches, by_running=True)
+        variables = {**variables, "batch_stats": _with_statistics(old, pooled, unbiased)}
+        if _settled(find_layers(old), find_layers(variables["batch_stats"]), tolerance):
+            return variables["batch_stats"]
+    raise ValueError(
+        f"statistics still change by more than {tolerance} of their size after {max_passes} passes; raise max_passes"
+        " for a deeper network, or tolerance for one whose layers feed themselves."
+    )
+
+
+def input_moments(apply: Apply, variables: dict, batches: Iterable) -> dict[str, Moments]:
+    """Moments of every layer's input over a data set, the network normalizing by its running statistics.
+
+    Args:
+      apply: as in `population_statistics`.
+      variables: as there.
+      batches: as there; read once.
+
+    Returns:
+      {path: Moments} of float64 numpy arrays, [features]; paths as in `find_layers`: "" for a single normalizer.
+    """
+    return _sweep(apply, variables, batches, by_running=True)
+
+
+def _sweep(apply, variables, batches, *, by_running) -> dict[str, Moments]:
+    layers = find_layers(variables["batch_stats"])
+    if not layers:
+        raise ValueError("batch_stats holds no layer with 'mean' and 'var'; there is nothing to measure.")
+    records = {path: start_record(stats, by_running=by_running) for path, stats in layers.items()}
+    started = {**variables, "batch_stats": replace_layers(variables["batch_stats"], records)}
+    pooled = {}
+    for moved in _one_behind(apply(started, batch) for batch in batches):
+        batch = _read(records, find_layers(moved), by_running)
+        pooled = {path: _merge(pooled[path], batch[path]) for path in batch} if pooled else batch
+    _check(pooled)
+    return pooled
+
+
+def _one_behind(results: Iterator) -> Iterator:
+    """Each result once the next is under way: reading one would otherwise wait for the device."""
+    waiting = []
+    for result in results:
+        waiting.append(result)
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def _read(records: Layers, moved: Layers, by_running) -> dict[str, Moments]:
+    """What one batch recorded, in float64."""
+    read = {}
+    for path, record in records.items():
+        mean, var = (_rows(path, name, record, moved.get(path, {}), by_running) for name in ("mean", "var"))
+        read[path] = Moments(mean[..., 3].real, mean[..., 1] + mean[..., 2], var[..., 1].real)
+    return read
+
+
+def _rows(path, name, record, moved, by_running):
+    start, rows = np.asarray(record[name]), np.asarray(moved.get(name))
+    if rows.shape != start.shape or not np.array_equal(rows[..., 0], start[..., 0], equal_nan=True):
+        raise TypeError(
+            f"layer {path!r} did not record: a record of shape {start.shape} went in as its {name}, and what came back"
+            f" has shape {rows.shape} or a running value that moved. The layer has to be a normalizer or a module of"
+            " jaxbn, or made jaxbn.recordable; and apply has to return the moved batch_stats alone, in linen"
+            " apply(..., mutable=['batch_stats'])[1]['batch_stats']."
+        )
+    rows = rows[..., 0, :] if by_running else rows
+    return rows.astype(np.result_type(rows, np.float64))
+
+
+def _merge(a: Moments, b: Moments) -> Moments:
+    """`merge_moments` in numpy's float64."""
+    count = a.count + b.count
+    share = b.count / np.where(count == 0, 1, count)
+    apart = b.mean - a.mean
+    var = a.var * (1 - share) + b.var * share + np.abs(apart) ** 2 * share * (1 - share)
+    return Moments(count, a.mean + apart * share, var)
+
+
+def _check(pooled: dict[str, Moments]):
+    if not pooled:
+        raise ValueError("batches is empty; pass at least one batch.")
+    if not any(np.any(moments.count > 0) for moments in pooled.values()):
+        raise ValueError(
+            f"none of the layers {sorted(pooled)} recorded anything; apply has to run the network in training mode"
+            " (train=True, use_running_average=False) and to return the moved batch_stats."
+        )
+    for path, moments in pooled.items():
+        if not (np.all(np.isfinite(moments.mean)) and np.all(np.isfinite(moments.var))):
+            raise ValueError(f"the input of layer {path!r} has a mean or variance that is not finite on this data.")
+
+
+def _with_statistics(batch_stats, pooled: dict[str, Moments], unbiased):
+    """batch_stats with the pooled mean and variance, and the old ones for what saw nothing."""
+    layers = find_layers(batch_stats)
+    moved = {}
+    for path, (count, mean, var) in pooled.items():
+        if unbiased:
+            var = var * np.where(count > 1, count / np.where(count > 1, count - 1, 1), 1)
+        new = {"mean": mean, "var": var, "weight": np.ones_like(var)}
+        names = [name for name in new if name in layers[path]]
+        moved[path] = {name: _in_place_of(layers[path][name], new[name], count > 0) for name in names}
+    return replace_layers(batch_stats, moved)
+
+
+def _in_place_of(old, new, seen):
+    """New where seen, in the dtype of the old and on its devices."""
+    value = np.where(seen, new, np.asarray(old)).astype(old.dtype)
+    if not getattr(old, "committed", False):
+        return jnp.asarray(value)
+    # device_put would have all processes compare the value first.
+    return jax.make_array_from_callback(value.shape, old.sharding, lambda index: value[index])
+
+
+def _settled(old: Layers, new: Layers, tolerance) -> bool:
+    for path, stats in new.items():
+        mean, var = np.asarray(stats["mean"]), np.asarray(stats["var"])
+        close_mean = np.abs(mean - np.asarray(old[path]["mean"])) <= tolerance * (np.abs(mean) + np.sqrt(var))
+        close_var = np.abs(var - np.asarray(old[path]["var"])) <= tolerance * var
+        if not (np.all(close_mean) and np.all(close_var)):
+            return False
+    return True

@@ -1,0 +1,112 @@
+"""Running statistics: how they start, how a batch moves them, and what they say of the population."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn._moments import Moments
+
+BatchStats = dict[str, jax.Array]
+
+
+def init_batch_stats(
+    shape: tuple[int, ...],
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    decay: float | None,
+    debias: bool = False,
+) -> BatchStats:
+    """Running statistics before the first batch.
+
+    Args:
+      shape: of the features.
+      dtype: of the mean, float32 or wider, real or complex; var is real.
+      decay: as in `update_batch_stats`; None keeps a count of batches beside the statistics.
+      debias: whether the averages start at zero and are corrected when read.
+
+    Returns:
+      {"mean": zeros, "var": ones}; and with debias or decay=None {"weight": zeros}, what each feature's averages
+      weigh so far; with debias var starts at zero too.
+    """
+    real = jnp.zeros((), dtype).real.dtype
+    start = jnp.zeros if debias else jnp.ones
+    batch_stats = {"mean": jnp.zeros(shape, dtype), "var": start(shape, real)}
+    if debias or decay is None:
+        batch_stats["weight"] = jnp.zeros(shape, real)
+    return batch_stats
+
+
+def update_batch_stats(
+    batch_stats: BatchStats,
+    moments: Moments,
+    *,
+    decay: float | jax.Array | None,
+    unbiased: bool = False,
+    debias: bool = False,
+    skip_nonfinite: bool = True,
+) -> BatchStats:
+    """Move the running statistics by one batch: new = decay * old + (1 - decay) * batch.
+
+    `decay` is the share of the old: torch's momentum is 1 - decay, Flax's momentum is decay. A feature that saw
+    nothing (count 0) keeps its statistics. No gradient flows into the result.
+
+    Args:
+      batch_stats: {"mean", "var"} of shape [features], and "weight" where `init_batch_stats` made one.
+      moments: of the batch.
+      decay: between 0 and 1; None is the plain average of all batches so far.
+      unbiased: store var * n / (n - 1), as torch does, in place of the biased variance; where n <= 1, the biased.
+      debias: the averages started at zero and `running_moments` corrects them (Kingma and Ba 2015, section 3).
+      skip_nonfinite: a batch in which any mean or variance is not finite changes nothing.
+
+    Returns:
+      New batch_stats of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: "weight" is missing where decay=None or debias needs it.
+    """
+    old, moments = lax.stop_gradient((batch_stats, moments))
+    counted = decay is None or debias
+    if counted and "weight" not in old:
+        raise ValueError(
+            f"batch_stats has {sorted(old)}; decay=None and debias=True need 'weight' too: make batch_stats"
+            " with the same decay and debias."
+        )
+    batch = {"mean": moments.mean, "var": _unbiased(moments) if unbiased else moments.var}
+    if counted:
+        batch["weight"] = jnp.ones_like(old["weight"])
+    accept = moments.count > 0
+    if skip_nonfinite:
+        accept &= jnp.all(jnp.isfinite(moments.mean) & jnp.isfinite(moments.var))
+    moved = _cumulative(old, batch) if decay is None else _exponential(old, batch, decay)
+    return {name: jnp.where(accept, moved[name].astype(old[name].dtype), old[name]) for name in old}
+
+
+def running_moments(batch_stats: BatchStats, *, debias: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance to normalize with at test time: [features] each; no gradient flows into them.
+
+    With debias the averages are divided by their weight, 1 - decay**steps for a constant decay; before the first batch
+    they are 0 and 1.
+    """
+    batch_stats = lax.stop_gradient(batch_stats)
+    mean, var = batch_stats["mean"], batch_stats["var"]
+    if not debias:
+        return mean, var
+    weight = batch_stats["weight"]
+    seen = weight > 0
+    weight = jnp.where(seen, weight, 1)
+    return mean / weight, jnp.where(seen, var / weight, 1)
+
+
+def _exponential(old, batch, decay):
+    return {name: decay * old[name] + (1 - decay) * batch[name] for name in old}
+
+
+def _cumulative(old, batch):
+    weight = old["weight"] + 1
+    average = {name: old[name] + (batch[name] - old[name]) / weight for name in ("mean", "var")}
+    return average | {"weight": weight}
+
+
+def _unbiased(moments):
+    n = moments.count
+    return moments.var * jnp.where(n > 1, n / jnp.where(n > 1, n - 1, 1), 1)

@@ -1,0 +1,71 @@
+"""Fine-tuning: normalizers that stand still, in one layer or by path in a whole network."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+from jaxbn._normalizer import Normalizer
+
+PathFilter = str | Callable[[str], bool]
+
+
+def frozen(norm: Normalizer, *, freeze_params: bool = False) -> Normalizer:
+    """A normalizer that stays at its running statistics: `train=True` computes what `train=False` does.
+
+    params and batch_stats are those of `norm`, so that a checkpoint of a network built with `norm` fits one built with
+    frozen(norm). It is what detection networks do that are fine-tuned on few images a device (He et al. 2016, appendix
+    A). A normalizer without running state is not changed but for its params.
+
+    Args:
+      norm: the Normalizer.
+      freeze_params: no gradient flows to its params, scale and bias, either.
+
+    Returns:
+      A Normalizer whose apply returns batch_stats as they came.
+    """
+
+    def apply(variables, x, *, train, where=None, weights=None, rng=None, **arguments):
+        del train
+        arguments |= dict(where=where, weights=weights, rng=rng)
+        params, batch_stats = variables.get("params", {}), variables["batch_stats"]
+        params = lax.stop_gradient(params) if freeze_params else params
+        y, _ = norm.apply({"params": params, "batch_stats": batch_stats}, x, train=False, **arguments)
+        return y, batch_stats
+
+    return Normalizer(norm.init, apply)
+
+
+def path_mask(tree: Any, path_filter: PathFilter) -> Any:
+    """For each leaf, whether its path is chosen: a tree of bools, as `optax.masked` takes them.
+
+    `optax.chain(optimizer, optax.masked(optax.set_to_zero(), path_mask(params, "BatchNorm")))` leaves the scales and
+    biases of all layers of that name as they are.
+
+    Args:
+      tree: such as the params or batch_stats of a network.
+      path_filter: a regular expression that is searched for in the path, "Block_0/BatchNorm_1/scale"; or a function of
+        that path.
+
+    Returns:
+      A tree of the same structure.
+    """
+    chosen = path_filter if callable(path_filter) else lambda path: re.search(path_filter, path) is not None
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(chosen(name(path))), tree)
+
+
+def stop_gradient_at(tree: Any, path_filter: PathFilter) -> Any:
+    """The same tree, through whose chosen leaves no gradient flows: to be applied to params inside the loss."""
+    return jax.tree.map(lambda v, stop: lax.stop_gradient(v) if stop else v, tree, path_mask(tree, path_filter))
+
+
+def keep_at(old: Any, new: Any, path_filter: PathFilter) -> Any:
+    """The new tree with the chosen leaves of the old one: batch_stats after a step, those of some layers not moved.
+
+    The layers themselves still normalize by their batch in training; to have them use their running statistics
+    build them with `frozen`.
+    """
+    return jax.tree.map(lambda a, b, keep: a if keep else b, old, new, path_mask(old, path_filter))

@@ -1,0 +1,120 @@
+"""A batch-normalized LSTM as pure functions, one time step a call."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxbn._features import Initializer, stats_dtype
+from jaxbn._moments import inexact
+from jaxbn.variants._recurrent import recurrent_batch_norm
+
+
+class RecurrentCell(NamedTuple):
+    """A recurrent cell with running statistics, for `lax.scan`.
+
+    Attributes:
+      init: init(key, x) -> {"params", "batch_stats"}; x is [batch, inputs], an array or a ShapeDtypeStruct.
+      initial_carry: initial_carry(x) -> carry at the first step, zeros; only x's shape and dtype count.
+      apply: apply(variables, carry, x, *, train, where=None) -> (carry, y, batch_stats). `where` is boolean [batch]:
+        False marks padding, which neither counts in the statistics nor moves the carry.
+    """
+
+    init: Callable[..., dict]
+    initial_carry: Callable[..., NamedTuple]
+    apply: Callable[..., tuple[NamedTuple, jax.Array, dict]]
+
+
+class LSTMCarry(NamedTuple):
+    """Where a sequence stands: hidden [batch, features], cell [batch, features], float32 at least, step int32 []."""
+
+    hidden: jax.Array
+    cell: jax.Array
+    step: jax.Array
+
+
+def batch_norm_lstm(
+    features: int,
+    max_length: int,
+    *,
+    kernel_init: Initializer = jax.nn.initializers.orthogonal(),  # noqa: B008
+    recurrent_init: Initializer = jax.nn.initializers.orthogonal(),  # noqa: B008
+    bias_init: Initializer = jax.nn.initializers.zeros,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    **options: Any,
+) -> RecurrentCell:
+    """BN-LSTM (Cooijmans et al. 2016, equations 6 to 8).
+
+        f, i, o, g = split(BN(h @ recurrent_kernel) + BN(x @ input_kernel) + bias)
+        cell = sigmoid(f) * cell + sigmoid(i) * tanh(g)          h = sigmoid(o) * tanh(BN(cell))
+
+    Each BN has its own scale, which starts at 0.1, and statistics per time step; that of the cell a bias too.
+
+    Args:
+      features: of the hidden state.
+      max_length: time steps to keep statistics for.
+      kernel_init: of the input kernel, orthogonal, as in the paper.
+      recurrent_init: of the recurrent kernel, orthogonal; the paper's sequential MNIST takes the identity.
+      bias_init: of the gates' bias, zeros.
+      param_dtype: of kernels, scales and biases.
+      **options: of `batch_norm`, for all three: decay, epsilon, axis_name, ...
+
+    Returns:
+      A RecurrentCell with params {"input": {"kernel", "scale"}, "recurrent": {"kernel", "scale"}, "cell": {"scale",
+      "bias"}, "bias"} and batch_stats {"input", "recurrent", "cell"}, each as of `recurrent_batch_norm`.
+
+    Raises:
+      ValueError: features or max_length below 1; as `batch_norm`; and from apply, x that is not [batch, inputs].
+    """
+    if features < 1:
+        raise ValueError(f"features={features}; expected at least 1.")
+    options = dict(param_dtype=param_dtype) | options
+    without_bias = recurrent_batch_norm(max_length, use_bias=False, **options)
+    norms = {"input": without_bias, "recurrent": without_bias, "cell": recurrent_batch_norm(max_length, **options)}
+
+    def init(key, x):
+        _check(x)
+        keys = jax.random.split(key, 4)
+        wide = {name: jax.ShapeDtypeStruct((x.shape[0], n), x.dtype) for name, n in _sizes().items()}
+        started = {name: norm.init(keys[0], wide[name]) for name, norm in norms.items()}
+        params = {name: dict(variables["params"]) for name, variables in started.items()}
+        params["input"]["kernel"] = kernel_init(keys[1], (x.shape[-1], 4 * features), param_dtype)
+        params["recurrent"]["kernel"] = recurrent_init(keys[2], (features, 4 * features), param_dtype)
+        params["bias"] = bias_init(keys[3], (4 * features,), param_dtype)
+        return {"params": params, "batch_stats": {name: v["batch_stats"] for name, v in started.items()}}
+
+    def initial_carry(x):
+        hidden = jnp.zeros((x.shape[0], features), x.dtype)
+        return LSTMCarry(hidden, hidden.astype(stats_dtype(x)), jnp.zeros((), jnp.int32))
+
+    def apply(variables, carry, x, *, train, where=None):
+        x = inexact(x)
+        _check(x)
+        params, moved = variables["params"], {}
+        mask = None if where is None else where[:, None]
+
+        def normalized(name, v):
+            own = {n: value for n, value in params[name].items() if n != "kernel"}
+            here = {"params": own, "batch_stats": variables["batch_stats"][name]}
+            y, moved[name] = norms[name].apply(here, v, train=train, step=carry.step, where=mask)
+            return y
+
+        recurrent = normalized("recurrent", carry.hidden @ params["recurrent"]["kernel"].astype(x.dtype))
+        gates = recurrent + normalized("input", x @ params["input"]["kernel"].astype(x.dtype))
+        forget, enter, out, value = jnp.split(gates.astype(carry.cell.dtype) + params["bias"][None], 4, axis=-1)
+        cell = jax.nn.sigmoid(forget) * carry.cell + jax.nn.sigmoid(enter) * jnp.tanh(value)
+        hidden = (jax.nn.sigmoid(out) * jnp.tanh(normalized("cell", cell))).astype(x.dtype)
+        if mask is not None:
+            hidden, cell = jnp.where(mask, hidden, carry.hidden), jnp.where(mask, cell, carry.cell)
+        return LSTMCarry(hidden, cell, carry.step + 1), hidden, moved
+
+    def _sizes():
+        return {"input": 4 * features, "recurrent": 4 * features, "cell": features}
+
+    return RecurrentCell(init, initial_carry, apply)
+
+
+def _check(x):
+    if len(x.shape) != 2:
+        raise ValueError(f"x has shape {x.shape}; the cell takes one time step at a time: [batch, inputs].")

@@ -1,0 +1,166 @@
+"""Mean-only batch normalization, and the weight normalization that it goes with."""
+
+from collections.abc import Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn._features import (
+    Activation,
+    Initializer,
+    affine_of,
+    along,
+    check_decay,
+    check_several,
+    checked,
+    feature_shape,
+    reduced_axes,
+    scale_shift,
+    stats_dtype,
+)
+from jaxbn._moments import Across, Moments, canonical_axes, centered, combined_weights, inexact, measure, shared_axes
+from jaxbn._normalize import checked_epsilon
+from jaxbn._normalizer import Normalizer
+from jaxbn._recording import running_normalizer
+from jaxbn._running import update_batch_stats
+from jaxbn.variants._root_mean_square import root_mean_square_normalize
+
+
+def mean_only_batch_norm(
+    *,
+    decay: float = 0.99,
+    feature_axis: int | Sequence[int] = -1,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    use_bias: bool = True,
+    bias_init: Initializer = jax.nn.initializers.zeros,
+    dtype: jax.typing.DTypeLike | None = None,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    activation: Activation | None = None,
+    skip_nonfinite: bool = True,
+) -> Normalizer:
+    """Mean-only batch norm (Salimans and Kingma 2016, section 4): y = x - mean + bias.
+
+    It leaves the variance to the weights, which `weight_norm` keeps at a learned size. In training mean is the batch's
+    and gradients flow through it, which centres them; at test time it is the running one. `apply` also takes
+    `residual`, an array of x's shape added before the activation.
+
+    Args:
+      decay: of the running mean: new = decay * old + (1 - decay) * batch.
+      feature_axis: the axis or axes kept.
+      axis_name: named axis, or tuple of them, whose shards share the mean.
+      axis_index_groups: groups of indices on `axis_name` that share it.
+      use_bias: learn a bias.
+      bias_init: bias_init(key, shape, dtype), zeros.
+      dtype: of the output; None is the input's.
+      param_dtype: of the bias.
+      activation: elementwise function applied last.
+      skip_nonfinite: a batch whose mean is not finite leaves the running mean alone.
+
+    Returns:
+      A Normalizer with params {"bias"} and batch_stats {"mean"}, both of the features' shape.
+
+    Raises:
+      ValueError: decay outside [0, 1]; and from apply, shapes that do not fit, or one value per feature in training.
+    """
+    check_decay(decay)
+    across = shared_axes(axis_name, axis_index_groups)
+    affine = affine_of(False, use_bias, jax.nn.initializers.ones, bias_init, param_dtype)
+
+    def init(key, x):
+        shape = feature_shape(x, feature_axis)
+        return {"params": affine.init(key, shape), "batch_stats": {"mean": jnp.zeros(shape, stats_dtype(x))}}
+
+    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
+        del rng
+        x = inexact(x)
+        shape = feature_shape(x, feature_axis)
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {"mean": shape})
+        axes = reduced_axes(x.ndim, feature_axis)
+        if train:
+            check_several(x, axes, across, "Train on more examples, or use train=False.")
+            measured = measure(x, combined_weights(x, where, weights), axes, across)
+            c = centered(x, measured, axes)
+        else:
+            measured = None
+            c = x - along(lax.stop_gradient(batch_stats["mean"]), x.ndim, feature_axis)
+        bias = along(params.get("bias"), x.ndim, feature_axis)
+        return scale_shift(c, None, bias, residual, activation, jnp.dtype(dtype or x.dtype)), measured
+
+    def _update(batch_stats, moments):
+        # The variance, which may overflow where the mean does not, is nobody's concern here.
+        moments = Moments(moments.count, moments.mean, jnp.zeros_like(moments.var))
+        return update_batch_stats(batch_stats, moments, decay=decay, skip_nonfinite=skip_nonfinite)
+
+    return running_normalizer(Normalizer(init, apply), _update, feature_axis=feature_axis, across=across)
+
+
+def weight_norm(direction: jax.Array, gain: jax.Array, *, feature_axis: int = -1) -> jax.Array:
+    """The kernel gain * direction / ||direction||, one norm per output feature (Salimans and Kingma 2016, equation 2).
+
+    Args:
+      direction: kernel of a dense layer or a convolution, its output features along `feature_axis`.
+      gain: [features], the norms that the result has.
+      feature_axis: of the kernel.
+
+    Returns:
+      A kernel of direction's shape and dtype; a direction of zeros gives zeros.
+
+    Raises:
+      ValueError: a gain of another shape.
+    """
+    if jnp.shape(gain) != feature_shape(direction, feature_axis):
+        raise ValueError(f"gain has shape {jnp.shape(gain)}; the kernel, {direction.shape}, has one for each feature.")
+    unit, _ = _split(direction, feature_axis)
+    return (unit * along(gain, direction.ndim, feature_axis)).astype(direction.dtype)
+
+
+def weight_norm_split(kernel: jax.Array, *, feature_axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """The direction and gain that `weight_norm` makes this kernel of: the kernel itself, and its norms.
+
+    Args:
+      kernel: of a dense layer or a convolution, its output features along `feature_axis`.
+      feature_axis: of the kernel.
+
+    Returns:
+      direction, the kernel, and gain, [features] of the same dtype.
+    """
+    return kernel, _split(kernel, feature_axis)[1].astype(kernel.dtype)
+
+
+def weight_norm_init(
+    gain: jax.Array, bias: jax.Array, measured: Moments, *, epsilon: float = 1e-5
+) -> tuple[jax.Array, jax.Array]:
+    """Gain and bias with which pre-activations start at mean 0 and variance 1 (Salimans and Kingma 2016, equation 6).
+
+    The paper starts from gain 1 and bias 0; this holds for any: gain / std and (bias - mean) / std.
+
+    Args:
+      gain: [features].
+      bias: [features].
+      measured: of the pre-activations of a first batch under this gain and bias.
+      epsilon: added to the variance, inside the square root.
+
+    Returns:
+      The new gain and bias.
+
+    Raises:
+      ValueError: a negative epsilon.
+    """
+    checked_epsilon(epsilon)
+    inverse = lax.rsqrt(measured.var + epsilon)
+    return (gain * inverse).astype(gain.dtype), ((bias - measured.mean) * inverse).astype(bias.dtype)
+
+
+def _split(kernel, feature_axis):
+    """Kernel over its norms, and the norms, over all axes but the features'; zero over zero is zero."""
+    axes = tuple(a for a in range(kernel.ndim) if a not in canonical_axes(feature_axis, kernel.ndim, "feature_axis"))
+    # Changes no norm of weights above 1e-11 or so, and keeps zeros from 0 / 0.
+    tiny = jnp.asarray(1e-30)
+    root = root_mean_square_normalize(kernel, tiny, None, axes, Across())
+    size = 1
+    for axis in axes:
+        size *= kernel.shape[axis]
+    unit = root / jnp.sqrt(jnp.asarray(size, root.dtype))
+    return unit, jnp.sum(unit * kernel, axes)

@@ -1,0 +1,137 @@
+"""Monte Carlo batch normalization: the noise of the batch kept at test time, for uncertainty."""
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn._features import (
+    Activation,
+    Initializer,
+    affine_of,
+    check_decay,
+    check_several,
+    checked,
+    feature_shape,
+    reduced_axes,
+    stats_dtype,
+)
+from jaxbn._moments import inexact, shared_axes
+from jaxbn._normalize import checked_epsilon, normalize, normalize_by_batch
+from jaxbn._normalizer import Normalizer
+from jaxbn._recording import running_normalizer
+from jaxbn._running import init_batch_stats, running_moments, update_batch_stats
+
+
+def stochastic_batch_norm(
+    *,
+    bank_size: int = 64,
+    decay: float | None = 0.99,
+    epsilon: float = 1e-5,
+    feature_axis: int | Sequence[int] = -1,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    scale_init: Initializer = jax.nn.initializers.ones,
+    bias_init: Initializer = jax.nn.initializers.zeros,
+    dtype: jax.typing.DTypeLike | None = None,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    activation: Activation | None = None,
+) -> Normalizer:
+    """Monte Carlo batch norm (Teye, Azizpour and Smith 2018, algorithm 1).
+
+    In training this is batch norm that also records the moments of each batch in a bank of the latest `bank_size`. At
+    test time with `rng` it normalizes by those of one recorded batch, drawn uniformly: the outputs over many keys are
+    samples of the approximate posterior predictive distribution. Without `rng`, or with an empty bank, it uses
+    the running statistics. One key for all layers draws the same batch in each, as in the paper. To record the
+    batches that belong to the final weights, train the last steps with a learning rate of 0.
+
+    Args:
+      bank_size: how many batches the bank holds.
+      decay: of the running statistics: new = decay * old + (1 - decay) * batch. None averages all batches equally.
+      epsilon: added to the variance, inside the square root.
+      feature_axis: the axis or axes kept.
+      axis_name: named axis, or tuple of them, whose shards share statistics.
+      axis_index_groups: groups of indices on `axis_name` that share statistics.
+      use_scale: learn a scale.
+      use_bias: learn a bias.
+      scale_init: scale_init(key, shape, dtype), ones.
+      bias_init: bias_init(key, shape, dtype), zeros.
+      dtype: of the output; None is the input's.
+      param_dtype: of scale and bias.
+      activation: elementwise function applied last.
+
+    Returns:
+      A Normalizer with params {"scale", "bias"} and batch_stats {"mean", "var"} of the features' shape, {"mean_bank",
+      "var_bank"} of shape [bank_size, features], and "step", int32 []: batches recorded so far. With decay=None also
+      "weight".
+
+    Raises:
+      ValueError: bank_size below 1, decay outside [0, 1], a negative epsilon; and from apply, shapes that do not fit,
+        or one value per feature in training.
+    """
+    check_decay(decay)
+    checked_epsilon(epsilon)
+    if bank_size < 1:
+        raise ValueError(f"bank_size={bank_size}; expected room for at least 1 batch.")
+    across = shared_axes(axis_name, axis_index_groups)
+    affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
+
+    def init(key, x):
+        shape = feature_shape(x, feature_axis)
+        running = init_batch_stats(shape, stats_dtype(x), decay=decay)
+        bank = {f"{n}_bank": jnp.broadcast_to(running[n], (bank_size, *shape)) for n in ("mean", "var")}
+        step = jnp.zeros((), jnp.int32)
+        return {"params": affine.init(key, shape), "batch_stats": running | bank | {"step": step}}
+
+    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
+        x = inexact(x)
+        shape = feature_shape(x, feature_axis)
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), _kept(shape))
+        axes = reduced_axes(x.ndim, feature_axis)
+        scale, bias = params.get("scale"), params.get("bias")
+        out = dict(epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
+        if not train:
+            mean, var = running_moments(batch_stats) if rng is None else _draw(batch_stats, rng, bank_size)
+            return normalize(x, mean, var, scale, bias, axis=axes, **out), None
+        check_several(x, axes, across, "Train on more examples, or use train=False.")
+        batch = dict(where=where, weights=weights, across=across)
+        y, rows = normalize_by_batch(x, scale, bias, axis=axes, **batch, **out)
+        return y, across.own(rows)
+
+    def _kept(shape):
+        running = dict.fromkeys(("mean", "var") if decay is not None else ("mean", "var", "weight"), shape)
+        return running | dict.fromkeys(("mean_bank", "var_bank"), (bank_size, *shape)) | {"step": ()}
+
+    update = partial(_record, decay=decay, bank_size=bank_size)
+    return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, across=across)
+
+
+def _draw(batch_stats, rng, bank_size):
+    batch_stats = lax.stop_gradient(batch_stats)
+    recorded = jnp.minimum(batch_stats["step"], bank_size)
+    slot = jax.random.randint(rng, (), 0, jnp.maximum(recorded, 1))
+    pairs = zip(running_moments(batch_stats), (batch_stats["mean_bank"], batch_stats["var_bank"]), strict=True)
+    return tuple(jnp.where(recorded == 0, running, bank[slot]) for running, bank in pairs)
+
+
+def _record(batch_stats, moments, *, decay, bank_size):
+    """Move the running statistics, and write the moments over the oldest in the bank; a bad batch does neither."""
+    batch_stats, moments = lax.stop_gradient((batch_stats, moments))
+    running = {name: batch_stats[name] for name in ("mean", "var", "weight") if name in batch_stats}
+    finite = jnp.all(jnp.isfinite(moments.mean)) & jnp.all(jnp.isfinite(moments.var))
+    accept = finite & jnp.all(moments.count > 0)
+    slot = batch_stats["step"] % bank_size
+
+    def write(bank, value):
+        return bank.at[slot].set(jnp.where(accept, value, bank[slot]).astype(bank.dtype))
+
+    bank = {
+        "mean_bank": write(batch_stats["mean_bank"], moments.mean),
+        "var_bank": write(batch_stats["var_bank"], moments.var),
+        "step": batch_stats["step"] + accept.astype(jnp.int32),
+    }
+    return update_batch_stats(running, moments, decay=decay) | bank

@@ -1,0 +1,174 @@
+"""Batch whitening: remove all linear relations between features, beyond their means and variances."""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxbn._features import (
+    Activation,
+    Initializer,
+    affine_of,
+    along,
+    check_decay,
+    check_several,
+    checked,
+    feature_shape,
+    reduced_axes,
+    scale_shift,
+    stats_dtype,
+)
+from jaxbn._moments import canonical_axes, centered, combined_weights, inexact, measure, shared_axes
+from jaxbn._normalize import checked_epsilon
+from jaxbn._normalizer import Normalizer
+from jaxbn._recording import unrecordable
+from jaxbn.variants._inverse_root import inverse_square_root
+
+_NO_RECORD = "whitening_norm does not pool its covariances over microbatches: build the train step with pool=False."
+
+
+def whitening_norm(
+    *,
+    group_size: int | None = None,
+    inverse_root: Callable[[jax.Array], jax.Array] = inverse_square_root,
+    decay: float = 0.99,
+    epsilon: float = 1e-5,
+    feature_axis: int = -1,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    scale_init: Initializer = jax.nn.initializers.ones,
+    bias_init: Initializer = jax.nn.initializers.zeros,
+    dtype: jax.typing.DTypeLike | None = None,
+    param_dtype: jax.typing.DTypeLike = jnp.float32,
+    activation: Activation | None = None,
+    skip_nonfinite: bool = True,
+) -> Normalizer:
+    """Batch whitening: y = scale * (covariance + epsilon I)**-1/2 (x - mean) + bias.
+
+    With the default `inverse_root` this is ZCA whitening (Huang et al. 2018, Decorrelated Batch Normalization,
+    algorithm 1), the whitening that moves x least. With `newton_inverse_square_root` it is Iterative Normalization
+    (Huang et al. 2019, algorithm 1), which whitens nearly and costs matrix products only. In training mean and
+    covariance are the batch's, and gradients flow through both; at test time the running mean and the running whitening
+    matrix are used, as both papers have it. `apply` also takes `residual`, an array of x's shape added before the
+    activation.
+
+    Two collectives forward, not one: the covariance is measured from the exact mean.
+
+    Args:
+      group_size: features are whitened in groups of that many neighbours, such as 16; None whitens all together. Choose
+        fewer than there are values per feature.
+      inverse_root: the inverse square root of positive definite matrices, [groups, d, d] to [groups, d, d].
+      decay: of the running statistics: new = decay * old + (1 - decay) * batch.
+      epsilon: added to the covariance's diagonal.
+      feature_axis: the axis kept.
+      axis_name: named axis, or tuple of them, whose shards share statistics.
+      axis_index_groups: groups of indices on `axis_name` that share statistics.
+      use_scale: learn a scale.
+      use_bias: learn a bias.
+      scale_init: scale_init(key, shape, dtype), ones.
+      bias_init: bias_init(key, shape, dtype), zeros.
+      dtype: of the output; None is the input's.
+      param_dtype: of scale and bias.
+      activation: elementwise function applied last.
+      skip_nonfinite: a batch whose statistics are not finite leaves the running ones alone.
+
+    Returns:
+      A Normalizer with params {"scale", "bias"} and batch_stats {"mean"}, all [features], and {"whitening"}, of shape
+      [groups, group_size, group_size], which starts as the identity.
+
+    Raises:
+      TypeError: complex x.
+      ValueError: decay outside [0, 1], a negative epsilon, group_size below 1; and from init and apply, a group_size
+        that does not divide the features, a mask that differs between features, or one value per feature.
+    """
+    check_decay(decay)
+    checked_epsilon(epsilon)
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size={group_size}; expected at least 1 feature a group, or None for one group.")
+    across = shared_axes(axis_name, axis_index_groups)
+    affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
+
+    def init(key, x):
+        shape, (groups, size) = feature_shape(x, feature_axis), _groups(x)
+        eye = jnp.broadcast_to(jnp.eye(size, dtype=stats_dtype(x)), (groups, size, size))
+        batch_stats = {"mean": jnp.zeros(shape, stats_dtype(x)), "whitening": eye}
+        return {"params": affine.init(key, shape), "batch_stats": batch_stats}
+
+    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
+        del rng
+        x = inexact(x)
+        if jnp.iscomplexobj(x):
+            raise TypeError(f"x has dtype {x.dtype}; whitening takes real arrays.")
+        shape, (groups, size) = feature_shape(x, feature_axis), _groups(x)
+        kept = dict(mean=shape, whitening=(groups, size, size))
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), kept)
+        if train:
+            check_several(x, reduced_axes(x.ndim, feature_axis), across, "Train on more examples, or use train=False.")
+            c, whitening, batch_stats = _measured(batch_stats, x, combined_weights(x, where, weights))
+        else:
+            kept = lax.stop_gradient(batch_stats)
+            c, whitening = x - along(kept["mean"], x.ndim, feature_axis), kept["whitening"]
+        xhat = _merged(_product("ngi,gij->ngj", _rows(c), whitening), x)
+        scale, bias = (along(params.get(name), x.ndim, feature_axis) for name in ("scale", "bias"))
+        return scale_shift(xhat, scale, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
+
+    def _measured(batch_stats, x, weights):
+        axes = reduced_axes(x.ndim, feature_axis)
+        measured = measure(x, weights, axes, across)
+        c = centered(x, measured, axes)
+        covariance = _covariance(c, weights, measured.count)
+        whitening = inverse_root(covariance + epsilon * jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None])
+        new = lax.stop_gradient({"mean": measured.mean, "whitening": whitening})
+        accept = jnp.any(measured.count > 0)
+        if skip_nonfinite:
+            accept &= jnp.all(jnp.isfinite(new["mean"])) & jnp.all(jnp.isfinite(new["whitening"]))
+        old = lax.stop_gradient(batch_stats)
+        moved = {name: (decay * old[name] + (1 - decay) * new[name]).astype(old[name].dtype) for name in old}
+        return c, whitening, {name: jnp.where(accept, moved[name], old[name]) for name in old}
+
+    def _covariance(c, weights, count):
+        """Weighted mean of c c^T over values and shards: [groups, d, d]; zeros where nothing was seen."""
+        rows = _rows(c)
+        count = jnp.max(count)
+        share = 1 / jnp.where(count == 0, 1, count)
+        if weights is None:
+            # Each factor takes its root of the share, so that the sum of squares has room in float32.
+            rows = rows * jnp.sqrt(share)
+            return across.total(_product("ngi,ngj->gij", rows, rows))
+        (axis,) = canonical_axes(feature_axis, c.ndim, "feature_axis")
+        if weights.shape[axis] != 1:
+            raise ValueError(
+                f"where or weights differ between features: their shape is {weights.shape}; whitening needs all of an"
+                f" example's features, so give them length 1 along feature_axis={feature_axis}."
+            )
+        weights = jnp.broadcast_to(jnp.moveaxis(weights, axis, -1), (*jnp.moveaxis(c, axis, -1).shape[:-1], 1))
+        weights = weights.reshape(-1, 1, 1)
+        rows = jnp.where(weights == 0, 0, rows)
+        return across.total(_product("ngi,ngj->gij", rows * share * weights, rows))
+
+    def _rows(c):
+        return jnp.moveaxis(c, feature_axis, -1).reshape(-1, *_groups(c))
+
+    def _merged(rows, x):
+        moved = jnp.moveaxis(x, feature_axis, -1).shape
+        return jnp.moveaxis(rows.reshape(moved), -1, feature_axis)
+
+    def _groups(x):
+        (features,) = feature_shape(x, feature_axis)
+        size = features if group_size is None else group_size
+        if features % size:
+            raise ValueError(
+                f"x of shape {x.shape} has {features} features along feature_axis={feature_axis}; group_size={size}"
+                " does not divide them: choose a divisor."
+            )
+        return features // size, size
+
+    return unrecordable(Normalizer(init, apply), _NO_RECORD)
+
+
+def _product(spec, a, b):
+    # Accelerators multiply float32 matrices in fewer bits unless told otherwise; whitening amplifies that error.
+    return jnp.einsum(spec, a, b, precision="highest")
