@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._features import (
     Initializer,
     affine_of,
@@ -16,7 +17,7 @@ from jaxbn._features import (
     reduced_axes,
     stats_dtype,
 )
-from jaxbn._moments import Across, Measured, inexact, pool_moments, shared_axes
+from jaxbn._moments import Measured, inexact, pool_moments
 from jaxbn._normalize import Activation, checked_epsilon, normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import running_normalizer
@@ -92,7 +93,7 @@ def batch_norm(
         axis_index_groups; and, from init and apply, inputs whose shapes do not fit.
     """
     _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups)
-    shared = shared_axes(axis_name, axis_index_groups)
+    shared = axis_group_of(axis_name, axis_index_groups)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
     def init(key, x):
@@ -111,25 +112,27 @@ def batch_norm(
         if not train:
             mean, var = running_moments(batch_stats, debias=debias)
             return normalize(x, mean, var, scale, bias, axis=axes, residual=residual, **out), None
-        across, ghosts = _scope(shared, x.shape, axes, group_size)
+        axis_group, ghosts = _scope(shared, x.shape, axes, group_size)
         if not allow_single_value:
-            check_several(x, axes, across, f"feature_axis={feature_axis} keeps the others. {_SEVERAL}", ghosts)
+            check_several(x, axes, axis_group, f"feature_axis={feature_axis} keeps the others. {_SEVERAL}", ghosts)
         batch = dict(where=where, weights=weights, residual=residual)
         if ghosts is None:
             guess = _guess(batch_stats, x, debias)
-            y, measured = normalize_by_batch(x, scale, bias, axis=axes, across=across, guess=guess, **batch, **out)
+            y, measured = normalize_by_batch(
+                x, scale, bias, axis=axes, axis_group=axis_group, guess=guess, **batch, **out
+            )
         else:
             y, measured = _ghost(x, scale, bias, axes, ghosts, batch, out)
         batch_axis = None if ghosts is None else axes[0]
-        return y, _pooled(jax.lax.stop_gradient(measured), shared, across, pool_axis_name, batch_axis)
+        return y, _pooled(jax.lax.stop_gradient(measured), shared, axis_group, pool_axis_name, batch_axis)
 
     rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
     update = partial(update_batch_stats, **rule)
-    everyone = Across((*_names(axis_name), *_names(pool_axis_name)) or None)
-    return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, across=everyone)
+    everyone = AxisGroup((*_names(axis_name), *_names(pool_axis_name)) or None)
+    return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, axis_group=everyone)
 
 
-def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
+def _scope(shared, shape, axes, group_size) -> tuple[AxisGroup, int | None]:
     """The shards that share mean and var, and how many examples of a shard do, or None for all of them."""
     shards = shared.size()  # ValueError where the axis is not bound.
     if group_size is None:
@@ -140,7 +143,7 @@ def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
     if batch and group_size % batch == 0 and shards % (group_size // batch) == 0:
         run = group_size // batch
         if run in (1, shards):
-            return shared if run == shards else Across(), None
+            return shared if run == shards else AxisGroup(), None
         return shared._replace(groups=tuple(tuple(range(i, i + run)) for i in range(0, shards, run))), None
     if batch % group_size:
         raise ValueError(
@@ -148,7 +151,7 @@ def _scope(shared, shape, axes, group_size) -> tuple[Across, int | None]:
             f" that of a number of shards that divides {shards}; choose another, or pad the batch and mask the padding"
             " with where=."
         )
-    return Across(), group_size
+    return AxisGroup(), group_size
 
 
 def _guess(batch_stats, x, debias):
@@ -171,19 +174,19 @@ def _ghost(x, scale, bias, axes, group_size, batch, out) -> tuple[jax.Array, Mea
         return v.reshape(v.shape[:batch_axis] + groups + v.shape[batch_axis + 1 :])
 
     # The group axis takes the batch axis's place and counts as a feature axis; the rest moves up by one.
-    how = dict(axis=tuple(axis + 1 for axis in axes), across=Across(branch=False))
+    how = dict(axis=tuple(axis + 1 for axis in axes), axis_group=AxisGroup(branch=False))
     scale, bias = (None if v is None else jnp.expand_dims(v, batch_axis) for v in (scale, bias))
     batch = {name: split(v) for name, v in batch.items()}
     y, measured = normalize_by_batch(split(x), scale, bias, **how, **batch, **out)
     return y.reshape(x.shape), measured
 
 
-def _pooled(measured, shared, across, pool_axis_name, batch_axis) -> Measured:
+def _pooled(measured, shared, axis_group, pool_axis_name, batch_axis) -> Measured:
     """Moments of all groups and shards, for the running statistics; batch_axis is that of ghost groups, or None."""
-    names = [*_names(pool_axis_name), *(_names(shared.axis_name) if across.axis_name is None else ())]
-    apart = Across(tuple(n for n in dict.fromkeys(names) if n not in _names(across.axis_name)) or None)
+    names = [*_names(pool_axis_name), *(_names(shared.axis_name) if axis_group.axis_name is None else ())]
+    apart = AxisGroup(tuple(n for n in dict.fromkeys(names) if n not in _names(axis_group.axis_name)) or None)
     # The rows of groups of shards come first, those of ghost groups where the batch axis was.
-    axis = batch_axis if batch_axis is not None else () if across.groups is None else 0
+    axis = batch_axis if batch_axis is not None else () if axis_group.groups is None else 0
     if axis == () and apart.axis_name is None:
         return measured
     apart.size()

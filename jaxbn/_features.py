@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn._moments import Across, canonical_axes, size_of, wide
+from jaxbn._axis_group import AxisGroup
+from jaxbn._moments import at_least_float32, canonical_axes, size_of
 
 Initializer = Callable[..., jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
@@ -85,10 +86,10 @@ def scale_shift(
       activation: elementwise; None is the identity.
       dtype: of the result.
     """
-    y = wide(x)
+    y = at_least_float32(x)
     y = y if scale is None else scale * y
     y = y if bias is None else y + bias
-    y = y if residual is None else y + wide(residual)
+    y = y if residual is None else y + at_least_float32(residual)
     return (y if activation is None else activation(y)).astype(dtype)
 
 
@@ -136,13 +137,13 @@ def checked(
 def check_several(
     x: jax.Array,
     axes: tuple[int, ...],
-    across: Across,
+    axis_group: AxisGroup,
     remedy: str = "Normalize over more axes, or share statistics with axis_name.",
     group_size: int | None = None,
 ) -> None:
     """ValueError where each feature sees a single value, in groups of examples if so, and y is the bias whatever x."""
     values = size_of(x.shape, axes) if group_size is None else group_size * size_of(x.shape, axes[1:])
-    if values * across.size() == 1:
+    if values * axis_group.size() == 1:
         groups = "" if group_size is None else f" in groups of {group_size}"
         raise ValueError(
             f"x of shape {x.shape} has one value per feature over axes {axes}{groups}: its variance is 0 and y the bias"

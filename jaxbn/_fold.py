@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._layers import find_layers, flat_names, nested_names
-from jaxbn._moments import Moments, canonical_axes, wide
+from jaxbn._moments import Moments, at_least_float32, canonical_axes
 from jaxbn._running import running_moments
 
 # Paddings that repeat or leave out values, and never put in a zero that batch norm has not seen.
@@ -82,7 +82,7 @@ def fold_preceding(
             f" batch norm has {mean.shape}. A transposed convolution with transpose_kernel=True has them along -2."
         )
     others = [axis for axis in range(kernel.ndim) if axis not in axes]
-    bias = (-mean if bias is None else wide(bias) - mean) * gain + shift
+    bias = (-mean if bias is None else at_least_float32(bias) - mean) * gain + shift
     return (kernel * jnp.expand_dims(gain, others)).astype(kernel.dtype), bias.astype(kernel.dtype)
 
 
@@ -126,7 +126,7 @@ def fold_following(
             f" batch norm has features of shape {mean.shape}."
         )
     gain, offset = (_by_group(v, feature_group_count, kernel) for v in (gain, shift - mean * gain))
-    added = jnp.sum(wide(kernel) * offset, range(kernel.ndim - 1))
+    added = jnp.sum(at_least_float32(kernel) * offset, range(kernel.ndim - 1))
     bias = added if bias is None else bias + added
     return (kernel * gain).astype(kernel.dtype), bias.astype(kernel.dtype)
 
@@ -218,7 +218,7 @@ def unfold_variables(
 
 def _affine(norm, epsilon, debias):
     """Mean, gain and bias of y = gain * (x - mean) + bias, [features] each, float32 at least."""
-    mean, var = (wide(jnp.asarray(v)) for v in running_moments(norm["batch_stats"], debias=debias))
+    mean, var = (at_least_float32(jnp.asarray(v)) for v in running_moments(norm["batch_stats"], debias=debias))
     params = norm.get("params", {})
     gain = lax.rsqrt(var + epsilon) * params.get("scale", 1)
     return mean, gain, jnp.broadcast_to(params.get("bias", 0), mean.shape)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
+from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._cpu import Rows, long_rows, on_cpu, shared, unshared
 
 # The largest |mean - shift| / std at which one pass of sums is kept: squaring loses (1 + ratio**2) roundings of var.
@@ -29,74 +29,6 @@ class Moments(NamedTuple):
     count: jax.Array
     mean: jax.Array
     var: jax.Array
-
-
-class Across(NamedTuple):
-    """The named axes whose shards share statistics; hashable, so that it can stand among static arguments.
-
-    With groups, totals are rows, one a group, the same on every shard: one collective that works under shard_map's
-    varying-axis check, pmap and vmap alike, and from which running statistics are pooled without another.
-
-    Attributes:
-      axis_name: named axis or tuple of them; None is none.
-      groups: of indices on it, all of one size; None is one group of all.
-      branch: measure again only where the first sums lost digits. That is one decision for all features, for which
-        features on different devices (ghost groups under jit) would have to talk: False measures again always.
-    """
-
-    axis_name: Hashable | tuple[Hashable, ...] | None = None
-    groups: tuple[tuple[int, ...], ...] | None = None
-    branch: bool = True
-
-    def size(self) -> int:
-        """Number of shards that share statistics; ValueError where the axis name is not bound."""
-        if self.axis_name is None:
-            return 1
-        try:
-            size = lax.axis_size(self.axis_name)
-        except NameError as error:
-            raise ValueError(
-                f"axis_name={self.axis_name!r} is not bound here{_bound()}. Call inside shard_map, pmap or vmap over a"
-                " named axis of that name; under plain jit with sharded inputs leave axis_name=None: there they are"
-                " global."
-            ) from error
-        if self.groups is None:
-            return size
-        if sorted(index for group in self.groups for index in group) != list(range(size)):
-            raise ValueError(
-                f"axis_index_groups={self.groups} on axis {self.axis_name!r} of {size} shards; expected each index from"
-                f" 0 to {size - 1} once."
-            )
-        return len(self.groups[0])
-
-    def total(self, tree):
-        """Sum of each leaf over the shards, [groups, ...] with groups; all leaves in one collective."""
-        if self.axis_name is None:
-            return tree
-        flat, unravel = ravel_pytree(tree)
-        if self.groups is None:
-            return unravel(lax.psum(flat, self.axis_name))
-        mine = jnp.arange(len(self.groups)) == self._group()
-        return jax.vmap(unravel)(lax.psum(jnp.where(mine[:, None], flat[None], 0), self.axis_name))
-
-    def own(self, tree):
-        """This shard's group's entry of what `total` returned."""
-        if self.groups is None:
-            return tree
-        return jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, self._group(), keepdims=False), tree)
-
-    def row(self, v: jax.Array) -> jax.Array:
-        """A vector that all groups share, shaped to meet what `total` returns."""
-        return v if self.groups is None else jnp.expand_dims(v, 0)
-
-    def _group(self):
-        group_of = {index: number for number, group in enumerate(self.groups) for index in group}
-        return jnp.asarray([group_of[index] for index in sorted(group_of)])[lax.axis_index(self.axis_name)]
-
-
-def _bound():
-    names = sorted(map(repr, jax.sharding.get_abstract_mesh().manual_axes))
-    return f" ({', '.join(names)} is)" if names else ""
 
 
 class Measured(NamedTuple):
@@ -145,8 +77,8 @@ def moments(
         is not bound.
     """
     x = inexact(x)
-    across = shared_axes(axis_name, axis_index_groups)
-    return measure(x, combined_weights(x, where, weights), canonical_axes(axis, x.ndim), across).moments
+    axis_group = axis_group_of(axis_name, axis_index_groups)
+    return measure(x, combined_weights(x, where, weights), canonical_axes(axis, x.ndim), axis_group).moments
 
 
 def merge_moments(a: Moments, b: Moments) -> Moments:
@@ -160,35 +92,35 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       b: Moments of the same or a broadcastable shape.
     """
     count = a.count + b.count
-    share_a, share_b = _ratio(a.count, count), _ratio(b.count, count)
+    share_a, share_b = safe_divide(a.count, count), safe_divide(b.count, count)
     apart = b.mean - a.mean
     mean = jnp.where(share_b == 1, b.mean, a.mean + apart * share_b)
     var = a.var * share_a + b.var * share_b + _squared(apart) * share_a * share_b
     return Moments(count, mean, var)
 
 
-def pool_moments(m: Measured, axis: int | Sequence[int], across: Across = Across()) -> Measured:  # noqa: B008
+def pool_moments(m: Measured, axis: int | Sequence[int], axis_group: AxisGroup = AxisGroup()) -> Measured:  # noqa: B008
     """Moments of many sets put together: those along `axis` of m, and those of all shards; measured as x itself is."""
-    shifted = partial(_shifted_pool, m, axis, across)
+    shifted = partial(_shifted_pool, m, axis, axis_group)
     return _until_kept(shifted, shifted(None))
 
 
-def _shifted_pool(m, axis, across, shift):
+def _shifted_pool(m, axis, axis_group, shift):
     c = (m.mean if shift is None else m.mean - jnp.expand_dims(shift, axis)) + m.remainder
     std = jnp.sqrt(m.var)
     if shift is not None:
-        peak = across.total(jnp.max(jnp.where(m.count == 0, 0, jnp.maximum(jnp.abs(c), std)), axis))
+        peak = axis_group.total(jnp.max(jnp.where(m.count == 0, 0, jnp.maximum(jnp.abs(c), std)), axis))
         unit = _unit(peak)
         c, std = (v / jnp.expand_dims(unit, axis) for v in (c, std))
     count = jnp.broadcast_to(m.count, std.shape)
     sums = count, count * c, count * (_squared(std) + _squared(c))
-    sums = across.total(jax.tree.map(lambda v: jnp.sum(v, axis), sums))
+    sums = axis_group.total(jax.tree.map(lambda v: jnp.sum(v, axis), sums))
     return _from_sums(*sums, shift, None if shift is None else unit)
 
 
-def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across) -> Measured:
+def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], axis_group: AxisGroup) -> Measured:
     """Moments of x over `axes`, its mean as two floats; weights as `combined_weights` makes them."""
-    return across.own(measure_groups(x, weights, None, axes, across))
+    return axis_group.own(measure_groups(x, weights, None, axes, axis_group))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
@@ -197,18 +129,18 @@ def measure_groups(
     weights: jax.Array | None,
     guess: jax.Array | None,
     axes: tuple[int, ...],
-    across: Across,
+    axis_group: AxisGroup,
 ) -> Measured:
-    """`measure` for every group of shards: as `across.total` gives it.
+    """`measure` for every group of shards: as `axis_group.total` gives it.
 
     The guess, a mean near that of x (the running one), saves a pass where the mean is far from zero. It changes
     roundings only. Shards that share statistics would have to share it: without axis names alone.
     """
-    if across.axis_name is not None or weights is not None:
+    if axis_group.axis_name is not None or weights is not None:
         guess = None  # Under weights XLA would send the count, the same in both branches, in a collective of its own.
-    if across.branch:
-        return _measure_until_kept(x, weights, guess, axes, across)
-    shifted = partial(_shifted, x, weights, axes, across)
+    if axis_group.branch:
+        return _measure_until_kept(x, weights, guess, axes, axis_group)
+    shifted = partial(_shifted, x, weights, axes, axis_group)
     mean = shifted(None)[0].mean
     # Where it can, a compiler fuses the division that made the mean with the addition of an offset to it, and the mean
     # that is subtracted from x is not the one that is reported. A select stands in its way; a loop does too.
@@ -217,8 +149,8 @@ def measure_groups(
 
 # Compiled once a shape: called op by op, a loop whose body is a new closure would be compiled at every call.
 @partial(jax.jit, static_argnums=(3, 4))
-def _measure_until_kept(x, weights, guess, axes, across) -> Measured:
-    shifted = partial(_shifted, x, weights, axes, across)
+def _measure_until_kept(x, weights, guess, axes, axis_group) -> Measured:
+    shifted = partial(_shifted, x, weights, axes, axis_group)
     return _until_kept(shifted, _first(shifted, guess))
 
 
@@ -243,19 +175,19 @@ def _until_kept(shifted, first) -> Measured:
     return lax.while_loop(lambda s: (s[0] < _MAX_SHIFTS) & s[1][1], again, (0, first))[1][0]
 
 
-def _shifted(x, weights, axes, across, shift, in_units=True) -> tuple[Measured, jax.Array]:
+def _shifted(x, weights, axes, axis_group, shift, in_units=True) -> tuple[Measured, jax.Array]:
     """Moments from the sums of c and |c|**2 for c = x - shift, and whether they lost too much to be kept."""
     # The first sums take their chance; done again they are in units of the peak, whose squares cannot overflow.
     unit = None
     if shift is not None and in_units:
         # Tied to what changes from step to step, x is not converted outside of a loop that hardly ever runs.
         x, _ = lax.optimization_barrier((x, shift))
-        unit = _peak_unit(x, shift, weights, axes, across)
-    return _from_sums(*_sums(x, shift, unit, weights, axes, across), shift, unit)
+        unit = _peak_unit(x, shift, weights, axes, axis_group)
+    return _from_sums(*_sums(x, shift, unit, weights, axes, axis_group), shift, unit)
 
 
 def _from_sums(count, first, second, shift, unit) -> tuple[Measured, jax.Array]:
-    offset, square = _ratio(first, count), _ratio(second, count)
+    offset, square = safe_divide(first, count), safe_divide(second, count)
     lost = square > (1 + _MAX_RATIO**2) * (square - _squared(offset))
     var = jnp.maximum(square - _squared(offset), 0)
     if unit is not None:
@@ -268,20 +200,20 @@ def _from_sums(count, first, second, shift, unit) -> tuple[Measured, jax.Array]:
     return Measured(count, mean, (shift - mean) + offset, var), retry
 
 
-def _sums(x, shift, unit, weights, axes, across):
+def _sums(x, shift, unit, weights, axes, axis_group):
     """Count, sum of c = (x - shift) / unit and of |c|**2, the last two [features], over axes and shards, in one go."""
-    shift, unit = (None if v is None else across.own(v) for v in (shift, unit))
+    shift, unit = (None if v is None else axis_group.own(v) for v in (shift, unit))
     short = Rows(x.shape, axes)
     long = long_rows(x.shape, axes) if weights is None else short
     sums = partial(_local_sums, weights)
     first, second = on_cpu(partial(sums, long, unshared), partial(sums, short, shared), x, shift, unit)
     if weights is None:
-        count = jnp.asarray(size_of(x.shape, axes) * across.size(), second.dtype)
-        first, second = across.total((first, second))
-        return count if across.groups is None else jnp.broadcast_to(count, second.shape), first, second
+        count = jnp.asarray(size_of(x.shape, axes) * axis_group.size(), second.dtype)
+        first, second = axis_group.total((first, second))
+        return count if axis_group.groups is None else jnp.broadcast_to(count, second.shape), first, second
     count = jnp.sum(weights, axes) * size_of(x.shape, [a for a in axes if weights.shape[a] == 1])
     count = jnp.broadcast_to(count, second.shape).astype(second.dtype)
-    return across.total((count, first, second))
+    return axis_group.total((count, first, second))
 
 
 def _local_sums(weights, rows, apart, x, shift, unit):
@@ -299,7 +231,7 @@ def _local_sums(weights, rows, apart, x, shift, unit):
 
 def _deviation(x, shift, unit):
     """(x - shift) / unit."""
-    c = wide(x) if shift is None else wide(x) - shift
+    c = at_least_float32(x) if shift is None else at_least_float32(x) - shift
     return c if unit is None else c / unit
 
 
@@ -310,11 +242,11 @@ def weighted_sum(values: jax.Array, weights: jax.Array | None, axes: tuple[int, 
     return jnp.sum(jnp.where(weights == 0, 0, weights * values), axes)
 
 
-def _peak_unit(x, shift, weights, axes, across):
+def _peak_unit(x, shift, weights, axes, axis_group):
     """Power of two near the largest |c| of each feature; the shards' peaks are summed, which bounds their maximum."""
-    c = _deviation(x, jnp.expand_dims(across.own(shift), axes), None)
+    c = _deviation(x, jnp.expand_dims(axis_group.own(shift), axes), None)
     size = jnp.abs(c) if weights is None else jnp.where(weights == 0, 0, jnp.abs(c))
-    return _unit(across.total(jnp.max(size, axes, initial=0)))
+    return _unit(axis_group.total(jnp.max(size, axes, initial=0)))
 
 
 def _unit(peak):
@@ -325,36 +257,38 @@ def _unit(peak):
 
 
 @measure_groups.defjvp
-def _measure_jvp(axes, across, primals, tangents):
+def _measure_jvp(axes, axis_group, primals, tangents):
     x, weights, guess = primals
-    measured = measure_groups(x, weights, guess, axes, across)
-    dmean, half_dvar = _mean_tangents(x, weights, measured, tangents[0], axes, across)
+    measured = measure_groups(x, weights, guess, axes, axis_group)
+    dmean, half_dvar = _mean_tangents(x, weights, measured, tangents[0], axes, axis_group)
     zero_count, zero_remainder = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
     return measured, Measured(zero_count, dmean, zero_remainder, 2 * half_dvar)
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(4, 5))
-def _mean_tangents(x, weights, measured, dx, axes, across):
+def _mean_tangents(x, weights, measured, dx, axes, axis_group):
     """mean(dx) and mean(Re(conj(x - mean) dx)); what is kept for the backward pass is x and three vectors."""
-    return tangent_means(wide(dx), centered(x, across.own(measured), axes), weights, measured.count, axes, across)
+    return tangent_means(
+        at_least_float32(dx), centered(x, axis_group.own(measured), axes), weights, measured.count, axes, axis_group
+    )
 
 
-def tangent_means(dx, c, weights, count, axes, across):
-    """mean(dx) and mean(Re(conj(c) dx)) over axes and shards, weighted, in one collective: as `across.total`."""
-    share = _ratio(jnp.ones_like(count), count)
+def tangent_means(dx, c, weights, count, axes, axis_group):
+    """mean(dx) and mean(Re(conj(c) dx)) over axes and shards, weighted, in one collective: as `axis_group.total`."""
+    share = safe_divide(jnp.ones_like(count), count)
     # A NaN that has no weight is silenced here too: times the zero cotangent of its sum it would be NaN again.
     c = c if weights is None else jnp.where(weights == 0, 0, c)
     local = weighted_sum(dx, weights, axes), weighted_sum(inner(c, dx), weights, axes)
-    first, second = across.total(local)
+    first, second = axis_group.total(local)
     return first * share, second * share
 
 
 def centered(x: jax.Array, measured: Measured, axes: tuple[int, ...]) -> jax.Array:
     """X minus its exact mean, float32 at least."""
-    return (wide(x) - jnp.expand_dims(measured.mean, axes)) - jnp.expand_dims(measured.remainder, axes)
+    return (at_least_float32(x) - jnp.expand_dims(measured.mean, axes)) - jnp.expand_dims(measured.remainder, axes)
 
 
-def wide(x: jax.Array) -> jax.Array:
+def at_least_float32(x: jax.Array) -> jax.Array:
     """X in float32 at least; float64 and complex stay."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -368,7 +302,7 @@ def _squared(x):
     return inner(x, x)
 
 
-def _ratio(a, b):
+def safe_divide(a, b):
     """A / b, and 0 where b is 0."""
     return jnp.where(b == 0, 0, a / jnp.where(b == 0, 1, b))
 
@@ -404,23 +338,11 @@ def canonical_axes(axis: int | Sequence[int] | None, ndim: int, name: str = "axi
     return canonical
 
 
-def shared_axes(axis_name, axis_index_groups) -> Across:
-    """Across, from what users pass; ValueError for groups without an axis or of unequal size."""
-    if axis_index_groups is None:
-        return Across(tuple(axis_name) if isinstance(axis_name, list) else axis_name)
-    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
-    if axis_name is None:
-        raise ValueError(f"axis_index_groups={groups} came without axis_name; pass the axis whose indices they are.")
-    if not groups or len({len(group) for group in groups}) != 1 or not groups[0]:
-        raise ValueError(f"axis_index_groups={groups} has groups of unequal size; expected groups of one size.")
-    return Across(axis_name, groups)
-
-
 def combined_weights(x: jax.Array, where, weights) -> jax.Array | None:
     """`where` and `weights` as one real array of x's rank, 1 or x's length along each axis, or None."""
     if where is None and weights is None:
         return None
-    real = wide(x).real.dtype
+    real = at_least_float32(x).real.dtype
     parts = []
     if where is not None:
         where = jnp.asarray(where)

@@ -10,19 +10,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._cpu import Rows, long_rows, on_cpu, shared, unshared
 from jaxbn._moments import (
-    Across,
     Measured,
     Moments,
+    at_least_float32,
     canonical_axes,
     combined_weights,
     inexact,
     inner,
     measure_groups,
-    shared_axes,
     tangent_means,
-    wide,
 )
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -72,7 +71,7 @@ def normalize(
     for name, value in (("mean", mean), ("var", var), ("scale", scale), ("bias", bias)):
         _check_features(name, value, x, axes)
     _check_residual(residual, x)
-    spec = _Spec(axes, Across(), checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
+    spec = _Spec(axes, AxisGroup(), checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
     measured = Measured(jnp.zeros(()), mean, jnp.zeros_like(mean), var)
     return jax.checkpoint(_affine, prevent_cse=False, static_argnums=(6,))(
         x, measured, scale, bias, residual, None, spec
@@ -122,22 +121,22 @@ def batch_normalize(
     Raises:
       TypeError, ValueError: as `moments`, and for a scale, bias or residual of the wrong shape.
     """
-    across = shared_axes(axis_name, axis_index_groups)
+    axis_group = axis_group_of(axis_name, axis_index_groups)
     how = dict(axis=axis, epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
-    y, measured = normalize_by_batch(x, scale, bias, where=where, weights=weights, across=across, **how)
-    return y, across.own(measured.moments)
+    y, measured = normalize_by_batch(x, scale, bias, where=where, weights=weights, axis_group=axis_group, **how)
+    return y, axis_group.own(measured.moments)
 
 
 def normalize_by_batch(
-    x, scale, bias, *, axis, epsilon, where, weights, across, activation, residual, dtype, guess=None
+    x, scale, bias, *, axis, epsilon, where, weights, axis_group, activation, residual, dtype, guess=None
 ) -> tuple[jax.Array, Measured]:
-    """`batch_normalize` for an Across, with a guess as in `measure_groups`; measured as `across.total` gives it."""
+    """`batch_normalize` for an AxisGroup, with a guess for `measure_groups`; measured as `AxisGroup.total` gives it."""
     x = inexact(x)
     axes = canonical_axes(axis, x.ndim)
     _check_features("scale", scale, x, axes)
     _check_features("bias", bias, x, axes)
     _check_residual(residual, x)
-    spec = _Spec(axes, across, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
+    spec = _Spec(axes, axis_group, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
     return _standardize(x, scale, bias, residual, combined_weights(x, where, weights), guess, spec)
 
 
@@ -145,7 +144,7 @@ class _Spec(NamedTuple):
     """The static part of a normalization."""
 
     axes: tuple[int, ...]
-    across: Across
+    axis_group: AxisGroup
     epsilon: float
     activation: Activation | None
     dtype: jnp.dtype
@@ -153,7 +152,7 @@ class _Spec(NamedTuple):
 
 def _affine(x, measured, scale, bias, residual, weights, spec):
     """The output, from given statistics; one pass over x."""
-    own = spec.across.own(measured)
+    own = spec.axis_group.own(measured)
     gain, offset = _gain_and_offset(own, scale, bias, spec)
     rows = Rows(x.shape, spec.axes)
     y = _before_activation(rows, x, own.mean, gain, offset, residual, weights)
@@ -169,12 +168,12 @@ def _gain_and_offset(measured, scale, bias, spec):
 
 def _before_activation(rows, x, mean, gain, offset, residual, weights):
     y = _deviations(rows, x, mean, weights) * rows.spread(gain) + rows.spread(offset)
-    return y if residual is None else y + wide(residual)
+    return y if residual is None else y + at_least_float32(residual)
 
 
 def _deviations(rows, x, mean, weights):
     """X minus its mean as one float; what rounding that lost is made good by vectors."""
-    c = wide(x) - rows.spread(mean)
+    c = at_least_float32(x) - rows.spread(mean)
     # Padding may hold anything, and a NaN in y would come back in every gradient: times a cotangent of 0 it is NaN.
     return c if weights is None else jnp.where((weights == 0) & ~jnp.isfinite(c), 0, c)
 
@@ -183,7 +182,7 @@ def _deviations(rows, x, mean, weights):
 def _standardize(x, scale, bias, residual, weights, guess, spec):
     """The guess as in `measure_groups`, or the statistics themselves, which are then not measured again."""
     known = isinstance(guess, Measured)
-    measured = guess if known else measure_groups(x, weights, guess, spec.axes, spec.across)
+    measured = guess if known else measure_groups(x, weights, guess, spec.axes, spec.axis_group)
     return _affine(x, measured, scale, bias, residual, weights, spec), measured
 
 
@@ -205,7 +204,7 @@ def _known_statistics(x, weights, guess, spec):
     if isinstance(guess, Measured):
         return guess
     x, guess = lax.stop_gradient((x, guess))
-    return checkpoint_name(measure_groups(x, weights, guess, spec.axes, spec.across), STATISTICS)
+    return checkpoint_name(measure_groups(x, weights, guess, spec.axes, spec.axis_group), STATISTICS)
 
 
 # Written so that its transpose, which JAX derives, is the least backward pass: two sums of the output's cotangent (they
@@ -215,21 +214,21 @@ def _known_statistics(x, weights, guess, spec):
 # the backward pass.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbias, dresidual):
-    axes, own, row = spec.axes, spec.across.own, spec.across.row
+    axes, own, row = spec.axes, spec.axis_group.own, spec.axis_group.row
     rstd = lax.rsqrt(measured.var + spec.epsilon)
     gain = rstd if scale is None else row(scale) * rstd
     rows = Rows(x.shape, axes)
     vectors = own(measured.mean), own(rstd)
     x_once, mean, unit = on_cpu(partial(unshared, number=3), partial(shared, number=3), (x, *vectors))
     c = _deviations(rows, x_once, mean, weights) * rows.spread(unit)
-    mean_dx, mean_xhat_dx = tangent_means(wide(dx), c, weights, measured.count, axes, spec.across)
+    mean_dx, mean_xhat_dx = tangent_means(at_least_float32(dx), c, weights, measured.count, axes, spec.axis_group)
     mean_xhat_dx = mean_xhat_dx - inner(measured.remainder, mean_dx) * rstd
     means = _varying_together(
-        (mean_dx, mean_xhat_dx), spec.across, *(v for v in (gain, dbias, dscale) if v is not None)
+        (mean_dx, mean_xhat_dx), spec.axis_group, *(v for v in (gain, dbias, dscale) if v is not None)
     )
     shift = -gain * means[0] if dbias is None else row(dbias) - gain * means[0]
     slope = -gain * means[1] if dscale is None else row(dscale) - gain * means[1]
-    gain, shift, slope = own((gain, *_varying_together((shift, slope), spec.across, x)))
+    gain, shift, slope = own((gain, *_varying_together((shift, slope), spec.axis_group, x)))
     slope = slope * own(rstd)
     shift = shift - slope * own(measured.remainder)
     statistics = own(measured)
@@ -259,8 +258,8 @@ def _output_tangent(spec, x, residual, weights, vectors, dx, dresidual):
 def _change(spec, weights, rows, apart, term_dtype, x, residual, vectors, dx, dresidual):
     """`_output_tangent` for an array in rows; each term is rounded to term_dtype by itself, unless that is None."""
     mean, gain_of_y, offset_of_y, gain, shift, slope = vectors
-    first = rows.spread(gain) * wide(rows.lay(dx))
-    first = first if dresidual is None else first + wide(rows.lay(dresidual))
+    first = rows.spread(gain) * at_least_float32(rows.lay(dx))
+    first = first if dresidual is None else first + at_least_float32(rows.lay(dresidual))
     second = jnp.broadcast_to(rows.spread(shift), first.shape)
     x_again, mean_again, slope = apart((rows.lay(x), mean, slope), 4)
     third = _deviations(rows, x_again, mean_again, weights) * rows.spread(slope)
@@ -273,10 +272,10 @@ def _change(spec, weights, rows, apart, term_dtype, x, residual, vectors, dx, dr
     return dy.astype(spec.dtype)
 
 
-def _varying_together(tree, across, *others):
+def _varying_together(tree, axis_group, *others):
     """Mark vectors as varying, as others do, in one step: their cotangents are then summed in one collective."""
     axes = tuple(_varying(others) - _varying(tree))
-    if across.axis_name is None or not axes:
+    if axis_group.axis_name is None or not axes:
         return tree
     shape = jnp.broadcast_shapes(*(v.shape for v in tree))
     stacked = jnp.stack([jnp.broadcast_to(v, shape) for v in tree])

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._features import reduced_axes
 from jaxbn._layers import leaves_by_path, replace_layers
-from jaxbn._moments import Across, Measured, Moments, combined_weights, inexact, measure, shared_axes
+from jaxbn._moments import Measured, Moments, combined_weights, inexact, measure
 from jaxbn._normalizer import Normalizer
 from jaxbn._running import BatchStats
 
@@ -73,7 +74,7 @@ def running_normalizer(
     update: Callable[[BatchStats, Moments], BatchStats] | None,
     *,
     feature_axis: int | Sequence[int],
-    across: Across,
+    axis_group: AxisGroup,
 ) -> Normalizer:
     """A normalizer with running statistics that takes records, from one that measures and does not update.
 
@@ -82,7 +83,7 @@ def running_normalizer(
         they are to be moved, [features]; what it returns with train=False is not used.
       update: update(batch_stats, moments) -> batch_stats; None for one that is fed records of a data set alone.
       feature_axis: the axis or axes of x that norm keeps.
-      across: shards over which the moments of x are pooled where norm normalizes by its running statistics.
+      axis_group: shards over which the moments of x are pooled where norm normalizes by its running statistics.
     """
     features = len(feature_axis) if isinstance(feature_axis, Sequence) else 1
 
@@ -97,7 +98,7 @@ def running_normalizer(
         if kind is None:
             return y, update(held, measured.moments)
         if not by_batch:
-            measured = _measured(x, where, weights, feature_axis, across)
+            measured = _measured(x, where, weights, feature_axis, axis_group)
         new = _added(_rows(held, kind), lax.stop_gradient(measured), update if kind == _POOLS else None)
         return y, {name: new[name].reshape(value.shape).astype(value.dtype) for name, value in held.items()}
 
@@ -121,15 +122,15 @@ def recordable(
       axis_name: named axis, or tuple of them, over whose shards moments are pooled: all that see the same data set,
         whatever groups of them norm normalizes by.
     """
-    across = shared_axes(axis_name or None, None)
+    axis_group = axis_group_of(axis_name or None, None)
     features = len(feature_axis) if isinstance(feature_axis, Sequence) else 1
 
     def measuring(variables, x, *, train, where=None, weights=None, **arguments):
         y, _ = norm.apply(variables, x, train=train, where=where, weights=weights, **arguments)
-        return y, _measured(x, where, weights, feature_axis, across) if train else None
+        return y, _measured(x, where, weights, feature_axis, axis_group) if train else None
 
     measuring = Normalizer(norm.init, measuring)
-    recording = running_normalizer(measuring, None, feature_axis=feature_axis, across=across)
+    recording = running_normalizer(measuring, None, feature_axis=feature_axis, axis_group=axis_group)
 
     def apply(variables, x, **arguments):
         records = _kind(variables, features) in (_BY_BATCH, _BY_RUNNING)
@@ -179,9 +180,9 @@ def _started(name, value, pools=False):
     return jnp.stack([value] + [jnp.zeros_like(value)] * _RECORDED.get(name, 0) + [value] * pools, -1)
 
 
-def _measured(x, where, weights, feature_axis, across):
+def _measured(x, where, weights, feature_axis, axis_group):
     x = inexact(x)
-    return measure(x, combined_weights(x, where, weights), reduced_axes(x.ndim, feature_axis), across)
+    return measure(x, combined_weights(x, where, weights), reduced_axes(x.ndim, feature_axis), axis_group)
 
 
 def _added(rows, measured, update):

@@ -36,8 +36,8 @@ class TrainState(NamedTuple):
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
-class Outcome(NamedTuple):
-    """What a loss function returns: loss(variables, batch, rng) -> Outcome, for the examples that it was given.
+class LossOutput(NamedTuple):
+    """What a loss function returns: loss(variables, batch, rng) -> LossOutput, for the examples that it was given.
 
     Sums and not means, so that shards and microbatches with unequal numbers of examples that count add up exactly.
 
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
     sums: dict[str, jax.Array] = {}  # noqa: RUF012
 
 
-Loss = Callable[[dict, Any, jax.Array], Outcome]
+Loss = Callable[[dict, Any, jax.Array], LossOutput]
 
 
 class Spread(NamedTuple):
@@ -142,7 +142,7 @@ def _accumulate(loss, how, microbatches, pool, state, batch, rng):
     (gradient, sums, batch_stats), _ = lax.scan(one, start, (jnp.arange(microbatches), parts))
     batch_stats = finish_pooling(batch_stats, state.batch_stats) if pool else batch_stats
     total, weight, more = sums
-    return gradient, Outcome(total, weight, batch_stats, more)
+    return gradient, LossOutput(total, weight, batch_stats, more)
 
 
 def _float_sums(outcome):
@@ -150,8 +150,8 @@ def _float_sums(outcome):
 
 
 def _check_outcome(outcome, batch_stats, how):
-    if not isinstance(outcome, Outcome):
-        raise TypeError(f"the loss returned {type(outcome).__name__}; expected a jaxbn.training.Outcome.")
+    if not isinstance(outcome, LossOutput):
+        raise TypeError(f"the loss returned {type(outcome).__name__}; expected a jaxbn.training.LossOutput.")
     was, now = jax.tree.structure(batch_stats), jax.tree.structure(outcome.batch_stats)
     if was != now:
         raise ValueError(f"the loss returned batch_stats of structure {now}; expected that of the state's: {was}.")

@@ -27,7 +27,7 @@ import numpy as np
 
 from jaxbn._batch_norm import batch_norm
 from jaxbn._layers import nested_names
-from jaxbn._moments import wide
+from jaxbn._moments import at_least_float32
 from jaxbn._running import running_moments
 
 Tensors = dict[str, np.ndarray]
@@ -58,7 +58,7 @@ def from_torch(state: Mapping[str, Any], prefix: str = "", *, cumulative: bool =
         raise ValueError(f"no running_mean under {prefix!r}; batch norms stand at {torch_prefixes(state)}.")
     names = {"scale": "weight", "bias": "bias"}
     params = {ours: _array(state[start + theirs]) for ours, theirs in names.items() if start + theirs in state}
-    mean, var = (wide(_array(state[f"{start}running_{name}"])) for name in ("mean", "var"))
+    mean, var = (at_least_float32(_array(state[f"{start}running_{name}"])) for name in ("mean", "var"))
     batch_stats = {"mean": mean, "var": var}
     if cumulative:
         batch_stats["weight"] = jnp.full_like(var, float(_array(state[f"{start}num_batches_tracked"])))
@@ -144,7 +144,7 @@ def from_keras(weights: Mapping[str, Any]) -> Variables:
     if not {"moving_mean", "moving_variance"} <= weights.keys():
         raise ValueError(f"no moving_mean and moving_variance among {sorted(weights)}; pass one layer's weights.")
     params = {ours: _array(weights[theirs]) for ours, theirs in _KERAS_PARAMS.items() if theirs in weights}
-    mean, var = (wide(_array(weights[f"moving_{name}"])) for name in ("mean", "variance"))
+    mean, var = (at_least_float32(_array(weights[f"moving_{name}"])) for name in ("mean", "variance"))
     return {"params": params, "batch_stats": {"mean": mean, "var": var}}
 
 
@@ -187,7 +187,7 @@ def from_haiku(
         raise ValueError(f"no mean_ema and var_ema of a module {name!r} in state; there are {held}.")
     given = params.get(name, {})
     ours = {"scale": "scale", "bias": "offset"}
-    batch_stats = {key: wide(_array(average["hidden"])).ravel() for key, average in averages.items()}
+    batch_stats = {key: at_least_float32(_array(average["hidden"])).ravel() for key, average in averages.items()}
     weight = -math.expm1(float(_array(averages["mean"]["counter"])) * math.log(decay)) if decay else 1.0
     batch_stats["weight"] = jnp.full_like(batch_stats["var"], weight)
     return {

@@ -6,13 +6,13 @@ mean loss of all examples that count, on however many devices they lie.
     def loss(variables, batch, rng):
         logits, batch_stats = network.apply(variables, batch["image"], train=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return Outcome(losses.sum(), losses.size, batch_stats)
+        return LossOutput(losses.sum(), losses.size, batch_stats)
 
     mesh = jax.make_mesh((8,), ("data",))
     step = shard_map_step(loss, optimizer, mesh=mesh)      # its normalizers have axis_name="data"
     state = replicate(init_state(variables, optimizer), mesh)
     for batch in batches:
-        state, metrics = step(state, spread(batch, mesh), rng)
+        state, metrics = step(state, shard_batch(batch, mesh), rng)
 
 Under `jit_step` the loss sees the whole batch and normalizers have no axis_name; under `shard_map_step` and
 `pmap_step` it sees one shard, and a sum over the examples of that shard is all that it has to return.
@@ -30,19 +30,19 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn._step import Axis, Loss, Outcome, Spread, TrainState, advance
+from jaxbn._step import Axis, Loss, LossOutput, Spread, TrainState, advance
 
 __all__ = [
-    "Outcome",
+    "LossOutput",
     "TrainState",
     "init_state",
     "jit_step",
     "pmap_step",
     "replicate",
     "shard_map_step",
-    "spread",
-    "stack",
-    "unstack",
+    "shard_batch",
+    "replicate_for_pmap",
+    "unreplicate",
 ]
 
 Step = Callable[[Any, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
@@ -98,7 +98,7 @@ def shard_map_step(
     on all devices; only `step` moves on.
 
     Args:
-      loss: see `Outcome`. A term that is no sum over examples, such as weight decay, belongs into the optimizer. Its
+      loss: see `LossOutput`. A term that is no sum over examples, such as weight decay, belongs into the optimizer. Its
         `rng` is folded with the step's number, the shard's index and the microbatch's.
       optimizer: optax's.
       mesh: with an axis of that name; params and statistics are the same on all its devices.
@@ -139,8 +139,8 @@ def pmap_step(
 ) -> Step:
     """A train step under `jax.pmap`, which is in maintenance: `shard_map_step` does the same with less.
 
-    As `shard_map_step`, but for the state: `stack(state, devices)` before the first step and `unstack(state)` after the
-    last. Batches are [examples, ...] as there. That all devices keep one batch_stats is proved as there, by tracing.
+    As `shard_map_step`, but for the state: `replicate_for_pmap(state, devices)` before the first step and
+    `unreplicate(state)` after the last. Batches are [examples, ...] as there. That all devices keep one batch_stats is proved as there, by tracing.
 
     Args:
       loss: as in `shard_map_step`.
@@ -169,7 +169,7 @@ def pmap_step(
     return _checking(step, len(devices), microbatches, scan)
 
 
-def spread(batch: Any, mesh: Mesh, axis: Axis = "data", *, scan: bool = False) -> Any:
+def shard_batch(batch: Any, mesh: Mesh, axis: Axis = "data", *, scan: bool = False) -> Any:
     """This process's examples, numpy or jax arrays [examples, ...], as its part of a batch spread over the mesh.
 
     With one process that is the whole batch; with several each passes its own, of equal numbers, in the order of their
@@ -185,14 +185,14 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.array(leaf)), tree)
 
 
-def stack(tree: Any, devices: list, axis: Hashable = "data") -> Any:
+def replicate_for_pmap(tree: Any, devices: list, axis: Hashable = "data") -> Any:
     """Each leaf once per device, along a new first axis, as pmap over `axis` wants it."""
     sharding = NamedSharding(Mesh(np.asarray(devices), (axis,)), P(axis))
     return jax.tree.map(lambda leaf: jax.device_put(jnp.stack([leaf] * len(devices)), sharding), tree)
 
 
-def unstack(tree: Any) -> Any:
-    """The first device's copy of each leaf that `stack` spread."""
+def unreplicate(tree: Any) -> Any:
+    """The first device's copy of each leaf that `replicate_for_pmap` made."""
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxbn.training import Outcome
+from jaxbn.training import LossOutput
 
 INPUTS, HIDDEN, CLASSES, BATCH = 6, 8, 3, 64
 _RNG = np.random.default_rng(0)
@@ -59,6 +59,6 @@ def loss_of(norm):
         weight = batch["weight"]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         hits = jnp.argmax(logits, -1) == batch["label"]
-        return Outcome(jnp.sum(losses * weight), jnp.sum(weight), batch_stats, {"accuracy": jnp.sum(hits * weight)})
+        return LossOutput(jnp.sum(losses * weight), jnp.sum(weight), batch_stats, {"accuracy": jnp.sum(hits * weight)})
 
     return loss

@@ -217,7 +217,7 @@ def alone(dataset):
         network, step = built(settings)
         state, losses = training.replicate(distributed.start(settings, network, dataset), ONE), []
         for batch in distributed.batches(settings, dataset, 0):
-            batch = training.spread(jax.tree.map(lambda leaf: leaf[:, order], batch), ONE, scan=True)
+            batch = training.shard_batch(jax.tree.map(lambda leaf: leaf[:, order], batch), ONE, scan=True)
             state, metrics = step(state, batch, jax.random.key(settings.seed))
             losses.append(np.mean(metrics["loss"]))
             if len(losses) * INTERVAL == COMPARED:

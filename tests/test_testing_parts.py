@@ -16,7 +16,7 @@ import jaxbn.testing as laws
 from jaxbn.testing import bounds, oracle
 from jaxbn.testing.laws import agree
 from jaxbn.testing.measure import measure_epsilon
-from jaxbn.testing.report import Outcome, Report
+from jaxbn.testing.report import LawResult, Report
 from jaxbn.testing.scope import SCOPES, ghost, group
 
 RNG = np.random.default_rng(0)
@@ -254,14 +254,14 @@ def test_law_with_an_unknown_need_is_refused():
 
 def test_report_shows_pairs_and_lists_of_arrays_by_name():
     pair = {"x_dy": (np.zeros(2, np.float32), np.ones(2, np.float32)), "batches": [np.zeros(1, np.float32)]}
-    text = str(Outcome(laws.zero_mean, "BROKEN", "why", pair))
+    text = str(LawResult(laws.zero_mean, "BROKEN", "why", pair))
     for line in ("x = [0., 0.]", "dy = [1., 1.]", "batches[0] = [0.]"):
         assert line in text
 
 
 def test_markdown_counts_what_applies():
-    outcomes = [Outcome(laws.zero_mean, "holds"), Outcome(laws.unit_variance, "BROKEN", "why")]
-    table = laws.markdown([Report("layer", "", [*outcomes, Outcome(laws.affine_last, "n/a", "needs a scale")])])
+    outcomes = [LawResult(laws.zero_mean, "holds"), LawResult(laws.unit_variance, "BROKEN", "why")]
+    table = laws.markdown([Report("layer", "", [*outcomes, LawResult(laws.affine_last, "n/a", "needs a scale")])])
     assert table.splitlines() == [
         "| law | layer |",
         "| --- | --- |",

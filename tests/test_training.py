@@ -13,7 +13,7 @@ from small_network import BATCHES, FIRST, KEY
 import jaxbn
 from experiments.aot.collectives import collectives
 from jaxbn import training
-from jaxbn.training import Outcome
+from jaxbn.training import LossOutput
 
 NAMED = {"axis_name": "data"}
 SPREADS = ("jit", "shard_map", "pmap")
@@ -34,7 +34,11 @@ def built(spread, loss, *, devices=8, **options):
     if spread == "pmap":
         few = jax.devices()[:devices]
         step = training.pmap_step(loss, adam(), devices=few, **options)
-        return step, lambda state: training.stack(state, few), lambda state: jax.device_get(training.unstack(state))
+        return (
+            step,
+            lambda state: training.replicate_for_pmap(state, few),
+            lambda state: jax.device_get(training.unreplicate(state)),
+        )
     mesh = mesh_of(devices)
     build = training.jit_step if spread == "jit" else training.shard_map_step
     return build(loss, adam(), mesh=mesh, **options), lambda state: training.replicate(state, mesh), jax.device_get
@@ -219,7 +223,7 @@ def test_a_mesh_of_explicit_axes_will_do(build, norm):
     step = build(small_network.loss_of(norm), adam(), mesh=mesh)
     state = training.replicate(start(), mesh)
     for number in range(4):
-        batch = training.spread(jax.tree.map(lambda leaf, n=number: leaf[n], BATCHES), mesh)
+        batch = training.shard_batch(jax.tree.map(lambda leaf, n=number: leaf[n], BATCHES), mesh)
         state, metrics = step(state, batch, KEY)
     assert_same_training(jax.device_get((state, metrics)), written_out())
 
@@ -227,7 +231,7 @@ def test_a_mesh_of_explicit_axes_will_do(build, norm):
 def test_every_shard_and_step_gets_a_key_of_its_own():
     def loss(variables, batch, rng):
         draws = jax.random.uniform(rng, (len(batch["x"]),))
-        return Outcome(variables["params"]["w"] * draws.sum(), len(draws), {}, {"square": jnp.sum(draws**2)})
+        return LossOutput(variables["params"]["w"] * draws.sum(), len(draws), {}, {"square": jnp.sum(draws**2)})
 
     step, place, _ = built("shard_map", loss)
     state, metrics = place(training.init_state({"params": {"w": jnp.ones(())}, "batch_stats": {}}, adam())), []
@@ -288,5 +292,5 @@ def test_leaves_of_unequal_length_are_refused():
 
 def test_a_loss_that_returns_something_else_is_refused():
     step, place, _ = built("shard_map", lambda variables, batch, rng: 0.0)
-    with pytest.raises(TypeError, match=r"returned float; expected a jaxbn\.training\.Outcome"):
+    with pytest.raises(TypeError, match=r"returned float; expected a jaxbn\.training\.LossOutput"):
         step(place(training.init_state({"params": {}, "batch_stats": {}}, adam())), FIRST, KEY)

@@ -99,7 +99,7 @@ def test_noise_has_the_published_distribution():
     # Within a unit: uniform of half width 0.1 (std 0.1 / sqrt 3) and normal of std 0.1; 4,000 draws give 3%.
     np.testing.assert_allclose(shift.std(0), 0.1 / np.sqrt(3), rtol=0.06)
     np.testing.assert_allclose(gain.std(0), 0.1, rtol=0.06)
-    # Across the 50 units: uniform(-0.5, 0.5) and uniform(1, 1.25).
+    # AxisGroup the 50 units: uniform(-0.5, 0.5) and uniform(1, 1.25).
     assert np.abs(mean).max() < 0.51
     assert np.abs(mean).max() > 0.35
     assert scale.min() > 0.99

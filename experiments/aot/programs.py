@@ -142,7 +142,7 @@ def loss_of(network: Network) -> training.Loss:
         del rng
         logits, batch_stats = network.apply(variables, batch["image"], train=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return training.Outcome(jnp.sum(losses), losses.size, batch_stats)
+        return training.LossOutput(jnp.sum(losses), losses.size, batch_stats)
 
     return loss
 

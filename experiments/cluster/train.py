@@ -127,7 +127,7 @@ def _train(settings, where, spread, save_every, terminator) -> dict:
     began, first = time.monotonic(), done
     key = jax.random.key(settings.seed)
     for batch in batches(settings, dataset, done):
-        state, metrics = step(state, training.spread(batch, mesh, scan=True), key)
+        state, metrics = step(state, training.shard_batch(batch, mesh, scan=True), key)
         done += settings.interval
         metrics = jax.device_get(metrics)  # waits, so that a lost process shows here
         rate = (done - first) / (time.monotonic() - began)
@@ -150,12 +150,12 @@ def network_and_step(settings: Settings, mesh: Mesh, spread: str) -> tuple[Netwo
     norm = jaxbn.batch_norm(decay=0.99, epsilon=1e-3, axis_name=axis_name, group_size=settings.group_size)
     network = recipe.network(norm)
 
-    def loss(variables: dict, batch: dict, rng: jax.Array) -> training.Outcome:
+    def loss(variables: dict, batch: dict, rng: jax.Array) -> training.LossOutput:
         del rng
         logits, batch_stats = network.apply(variables, data.pixels(batch["image"]), train=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         hits = jnp.argmax(logits, axis=-1) == batch["label"]
-        return training.Outcome(jnp.sum(losses), losses.size, batch_stats, {"accuracy": jnp.sum(hits * 1.0)})
+        return training.LossOutput(jnp.sum(losses), losses.size, batch_stats, {"accuracy": jnp.sum(hits * 1.0)})
 
     build = training.shard_map_step if spread == "shard_map" else training.jit_step
     step = build(loss, recipe.optimizer, mesh=mesh, microbatches=settings.microbatches, scan=True)

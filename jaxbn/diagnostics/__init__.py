@@ -1,10 +1,10 @@
 """What batch norm does inside a network, measured."""
 
-from jaxbn.diagnostics._running import LayerSpread, spread, spread_table
+from jaxbn.diagnostics._running import LayerSummary, running_stats_summary, running_stats_table
 
 __all__ = [
     # Health of the running statistics
-    "LayerSpread",
-    "spread",
-    "spread_table",
+    "LayerSummary",
+    "running_stats_summary",
+    "running_stats_table",
 ]

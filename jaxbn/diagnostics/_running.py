@@ -14,7 +14,7 @@ from jaxbn._running import running_moments
 _REACH = 4.0
 
 
-class LayerSpread(NamedTuple):
+class LayerSummary(NamedTuple):
     """One batch norm in figures.
 
     Attributes:
@@ -47,13 +47,13 @@ class LayerSpread(NamedTuple):
     var_drift: float
 
 
-def spread(
+def running_stats_summary(
     variables: Mapping[str, Any],
     moments: Mapping[str, Moments] | None = None,
     *,
     epsilon: float = 1e-5,
     debias: bool = False,
-) -> list[LayerSpread]:
+) -> list[LayerSummary]:
     """Health of every layer that keeps a running mean and variance.
 
     Args:
@@ -65,7 +65,7 @@ def spread(
       debias: of the layers.
 
     Returns:
-      One LayerSpread a layer, in the order of the tree. A layer without scale or bias counts as having ones or zeros.
+      One LayerSummary a layer, in the order of the tree. A layer without scale or bias counts as having ones or zeros.
     """
     layers, params = find_layers(variables["batch_stats"]), leaves_by_path(variables.get("params", {}))
     moments = {} if moments is None else moments
@@ -74,16 +74,16 @@ def spread(
     ]
 
 
-def spread_table(rows: Sequence[LayerSpread]) -> str:
+def running_stats_table(rows: Sequence[LayerSummary]) -> str:
     """The rows as text, one line a layer under a line of names, without trailing newline; drift only where measured."""
     drift = any(not np.isnan(row.mean_drift) for row in rows)
-    names = [name for name in LayerSpread._fields if drift or not name.endswith("drift")]
+    names = [name for name in LayerSummary._fields if drift or not name.endswith("drift")]
     cells = [names] + [[_cell(getattr(row, name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(_line(row, widths) for row in cells)
 
 
-def _layer(path, stats, params, moments, epsilon, debias) -> LayerSpread:
+def _layer(path, stats, params, moments, epsilon, debias) -> LayerSummary:
     stats = {name: jnp.asarray(value) for name, value in stats.items()}
     mean, var = (np.asarray(v) for v in running_moments(stats, debias=debias))
     mean, var = mean.astype(np.result_type(mean, np.float64)), var.astype(np.float64)
@@ -91,7 +91,7 @@ def _layer(path, stats, params, moments, epsilon, debias) -> LayerSpread:
     scale = np.abs(np.broadcast_to(np.asarray(params.get("scale", 1.0), float), var.shape))
     bias = np.broadcast_to(np.asarray(params.get("bias", 0.0), float), var.shape)
     finite = var[sound] if sound.any() else np.array([np.nan])
-    return LayerSpread(
+    return LayerSummary(
         path=path,
         features=var.size,
         constant=int(np.sum(sound & (var < epsilon))),

@@ -82,7 +82,7 @@ from jaxbn.testing.laws_value import (
     unit_variance,
     zero_mean,
 )
-from jaxbn.testing.report import Outcome, Report, markdown
+from jaxbn.testing.report import LawResult, Report, markdown
 from jaxbn.testing.runner import check, survey
 from jaxbn.testing.scope import BATCH, INSTANCE, LAYER, Scope, ghost, group
 from jaxbn.testing.subject import AXIS, Subject

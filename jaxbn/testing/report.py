@@ -14,7 +14,7 @@ _MARKS = {HOLDS: "holds", BROKEN: "**broken**", NOT_APPLICABLE: "–"}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LawResult:
     """What became of one law.
 
     Attributes:
@@ -55,10 +55,10 @@ class Report:
 
     name: str
     facts: str
-    outcomes: Sequence[Outcome]
+    outcomes: Sequence[LawResult]
 
     @property
-    def broken(self) -> list[Outcome]:
+    def broken(self) -> list[LawResult]:
         """The outcomes of broken laws."""
         return [outcome for outcome in self.outcomes if outcome.status == BROKEN]
 

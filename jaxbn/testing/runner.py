@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 from jaxbn.testing import laws_count, laws_gradient, laws_precision, laws_running, laws_value  # noqa: F401  (list them)
 from jaxbn.testing.adapters import subject_of
 from jaxbn.testing.laws import LAWS, NEEDS, BrokenLawError, Law
-from jaxbn.testing.report import BROKEN, HOLDS, NOT_APPLICABLE, Outcome, Report
+from jaxbn.testing.report import BROKEN, HOLDS, NOT_APPLICABLE, LawResult, Report
 from jaxbn.testing.subject import Subject
 
 _ALL_HEALTH_CHECKS = list(hypothesis.HealthCheck)
@@ -80,18 +80,18 @@ def law_named(law: Law | str) -> Law:
 
 def outcome_of(
     law: Law, subject: Subject, excuse: str | None = None, examples: int = 25, shrink: bool = True
-) -> Outcome:
+) -> LawResult:
     """Try one law on one subject."""
     reason = excuse or not_applicable(law, subject)
     if reason:
-        return Outcome(law, NOT_APPLICABLE, reason)
+        return LawResult(law, NOT_APPLICABLE, reason)
     try:
         _search(law, subject, max(2, round(examples * law.examples)), shrink)
     except BrokenLawError as broken:
-        return Outcome(law, BROKEN, str(broken), broken.inputs)
+        return LawResult(law, BROKEN, str(broken), broken.inputs)
     except hypothesis.errors.Flaky as error:
-        return Outcome(law, BROKEN, f"the same input does not always give the same answer: {error}".splitlines()[0])
-    return Outcome(law, HOLDS)
+        return LawResult(law, BROKEN, f"the same input does not always give the same answer: {error}".splitlines()[0])
+    return LawResult(law, HOLDS)
 
 
 def not_applicable(law: Law, subject: Subject) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxbn._axis_group import axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -15,7 +16,7 @@ from jaxbn._features import (
     reduced_axes,
     scale_shift,
 )
-from jaxbn._moments import canonical_axes, combined_weights, inexact, shared_axes, size_of
+from jaxbn._moments import canonical_axes, combined_weights, inexact, size_of
 from jaxbn._normalize import checked_epsilon
 from jaxbn._normalizer import Normalizer
 from jaxbn.variants._root_mean_square import root_mean_square_normalize
@@ -96,14 +97,14 @@ def filter_response_norm(
         features = canonical_axes(feature_axis, x.ndim, "feature_axis")
         batch = canonical_axes(batch_axis, x.ndim, "batch_axis")
         axes = reduced_axes(x.ndim, features + batch, "batch_axis, feature_axis")
-        across = shared_axes(axis_name, None)
-        if not learn_epsilon and size_of(x.shape, axes) * across.size() == 1:
+        axis_group = axis_group_of(axis_name, None)
+        if not learn_epsilon and size_of(x.shape, axes) * axis_group.size() == 1:
             raise ValueError(
                 f"x of shape {x.shape} has one position per feature map: y would be scale * sign(x) + bias; pass"
                 " learn_epsilon=True."
             )
         total = jnp.asarray(epsilon) if learnt is None else epsilon + jnp.abs(learnt)
-        xhat = root_mean_square_normalize(x, total, combined_weights(x, where, weights), axes, across)
+        xhat = root_mean_square_normalize(x, total, combined_weights(x, where, weights), axes, axis_group)
         y = scale_shift(xhat, scale, bias, residual, None, xhat.dtype)
         y = y if threshold is None else jnp.maximum(y, threshold)
         y = y if activation is None else activation(y)

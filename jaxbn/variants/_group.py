@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxbn._axis_group import axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -17,7 +18,7 @@ from jaxbn._features import (
     scale_shift,
     stats_dtype,
 )
-from jaxbn._moments import canonical_axes, combined_weights, inexact, shared_axes
+from jaxbn._moments import canonical_axes, combined_weights, inexact
 from jaxbn._normalize import batch_normalize, checked_epsilon
 from jaxbn._normalizer import Normalizer
 
@@ -88,7 +89,7 @@ def group_norm(
         # The group axis takes the channels' place and is kept; axes behind it move up by one.
         batch = (a + (a > channels) for a in canonical_axes(batch_axis, x.ndim, "batch_axis"))
         axes = reduced_axes(parts.ndim, (*batch, channels), "batch_axis, feature_axis")
-        check_several(parts, axes, shared_axes(axis_name, None))
+        check_several(parts, axes, axis_group_of(axis_name, None))
         xhat, _ = batch_normalize(
             parts, axis=axes, epsilon=epsilon, weights=weights, axis_name=axis_name, dtype=stats_dtype(x)
         )

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxbn._axis_group import axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -14,7 +15,7 @@ from jaxbn._features import (
     feature_shape,
     reduced_axes,
 )
-from jaxbn._moments import canonical_axes, inexact, shared_axes
+from jaxbn._moments import canonical_axes, inexact
 from jaxbn._normalize import batch_normalize, checked_epsilon
 from jaxbn._normalizer import Normalizer
 
@@ -70,7 +71,7 @@ def instance_norm(
         shape = feature_shape(x, feature_axis)
         params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {})
         axes = reduced_axes(x.ndim, _kept(x.ndim))
-        check_several(x, axes, shared_axes(axis_name, None))
+        check_several(x, axes, axis_group_of(axis_name, None))
         scale, bias = (_with_batch(params.get(name), x.ndim) for name in ("scale", "bias"))
         batch = dict(where=where, weights=weights, axis_name=axis_name, residual=residual)
         y, _ = batch_normalize(x, scale, bias, axis=axes, epsilon=epsilon, activation=activation, dtype=dtype, **batch)

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxbn._axis_group import axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -16,7 +17,7 @@ from jaxbn._features import (
     scale_shift,
     stats_dtype,
 )
-from jaxbn._moments import canonical_axes, inexact, shared_axes
+from jaxbn._moments import canonical_axes, inexact
 from jaxbn._normalize import batch_normalize, checked_epsilon
 from jaxbn._normalizer import Normalizer
 
@@ -73,7 +74,7 @@ def layer_norm(
         shape = feature_shape(x, feature_axis)
         params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {})
         axes = canonical_axes(axis, x.ndim)
-        check_several(x, axes, shared_axes(axis_name, None))
+        check_several(x, axes, axis_group_of(axis_name, None))
         batch = dict(where=where, weights=weights, axis_name=axis_name)
         xhat, _ = batch_normalize(x, axis=axes, epsilon=epsilon, dtype=stats_dtype(x), **batch)
         scale, bias = (along(params.get(name), x.ndim, feature_axis) for name in ("scale", "bias"))

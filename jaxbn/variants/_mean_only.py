@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -19,7 +20,7 @@ from jaxbn._features import (
     scale_shift,
     stats_dtype,
 )
-from jaxbn._moments import Across, Moments, canonical_axes, centered, combined_weights, inexact, measure, shared_axes
+from jaxbn._moments import Moments, canonical_axes, centered, combined_weights, inexact, measure
 from jaxbn._normalize import checked_epsilon
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import running_normalizer
@@ -65,7 +66,7 @@ def mean_only_batch_norm(
       ValueError: decay outside [0, 1]; and from apply, shapes that do not fit, or one value per feature in training.
     """
     check_decay(decay)
-    across = shared_axes(axis_name, axis_index_groups)
+    axis_group = axis_group_of(axis_name, axis_index_groups)
     affine = affine_of(False, use_bias, jax.nn.initializers.ones, bias_init, param_dtype)
 
     def init(key, x):
@@ -79,8 +80,8 @@ def mean_only_batch_norm(
         params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {"mean": shape})
         axes = reduced_axes(x.ndim, feature_axis)
         if train:
-            check_several(x, axes, across, "Train on more examples, or use train=False.")
-            measured = measure(x, combined_weights(x, where, weights), axes, across)
+            check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
+            measured = measure(x, combined_weights(x, where, weights), axes, axis_group)
             c = centered(x, measured, axes)
         else:
             measured = None
@@ -93,7 +94,7 @@ def mean_only_batch_norm(
         moments = Moments(moments.count, moments.mean, jnp.zeros_like(moments.var))
         return update_batch_stats(batch_stats, moments, decay=decay, skip_nonfinite=skip_nonfinite)
 
-    return running_normalizer(Normalizer(init, apply), _update, feature_axis=feature_axis, across=across)
+    return running_normalizer(Normalizer(init, apply), _update, feature_axis=feature_axis, axis_group=axis_group)
 
 
 def weight_norm(direction: jax.Array, gain: jax.Array, *, feature_axis: int = -1) -> jax.Array:
@@ -158,7 +159,7 @@ def _split(kernel, feature_axis):
     axes = tuple(a for a in range(kernel.ndim) if a not in canonical_axes(feature_axis, kernel.ndim, "feature_axis"))
     # Changes no norm of weights above 1e-11 or so, and keeps zeros from 0 / 0.
     tiny = jnp.asarray(1e-30)
-    root = root_mean_square_normalize(kernel, tiny, None, axes, Across())
+    root = root_mean_square_normalize(kernel, tiny, None, axes, AxisGroup())
     size = 1
     for axis in axes:
         size *= kernel.shape[axis]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._features import Activation, feature_shape, reduced_axes
-from jaxbn._moments import wide
+from jaxbn._moments import at_least_float32
 from jaxbn._normalizer import Normalizer
 
 
@@ -54,7 +54,7 @@ def noisy(
             raise ValueError("noisy needs a random key in training; pass rng=jax.random.key(...), new at each step.")
         inner_rng, noise_rng = (None, None) if rng is None else jax.random.split(rng)
         y, batch_stats = norm.apply(variables, x, train=train, where=where, weights=weights, rng=inner_rng, **arguments)
-        disturbed = _disturb(wide(y), noise_rng) if train else y
+        disturbed = _disturb(at_least_float32(y), noise_rng) if train else y
         disturbed = disturbed if activation is None else activation(disturbed)
         return disturbed.astype(y.dtype), batch_stats
 

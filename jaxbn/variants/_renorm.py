@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._axis_group import axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -18,7 +19,7 @@ from jaxbn._features import (
     scale_shift,
     stats_dtype,
 )
-from jaxbn._moments import inexact, shared_axes
+from jaxbn._moments import inexact
 from jaxbn._normalize import checked_epsilon, normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import running_normalizer
@@ -99,7 +100,7 @@ def batch_renorm(
     check_decay(decay)
     checked_epsilon(epsilon)
     _check_limits(r_max, d_max, warmup_steps)
-    across = shared_axes(axis_name, axis_index_groups)
+    axis_group = axis_group_of(axis_name, axis_index_groups)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
     def init(key, x):
@@ -118,10 +119,10 @@ def batch_renorm(
             out = dict(epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
             return normalize(x, *running_moments(batch_stats), scale, bias, axis=axes, **out), None
         if not allow_single_value:
-            check_several(x, axes, across, "Train on more examples, or pass allow_single_value=True.")
+            check_several(x, axes, axis_group, "Train on more examples, or pass allow_single_value=True.")
         batch = dict(where=where, weights=weights, dtype=stats_dtype(x), activation=None, residual=None)
-        xhat, rows = normalize_by_batch(x, None, None, axis=axes, epsilon=epsilon, across=across, **batch)
-        measured = across.own(rows)
+        xhat, rows = normalize_by_batch(x, None, None, axis=axes, epsilon=epsilon, axis_group=axis_group, **batch)
+        measured = axis_group.own(rows)
         limits = _limits(batch_stats["step"] if step is None else step)
         r, d = _correction(batch_stats, measured.moments, *limits, epsilon)
         # scale * (xhat r + d) + bias, as one multiplication and one addition for each element.
@@ -147,7 +148,7 @@ def batch_renorm(
         moved = update_batch_stats(running, moments, decay=decay, skip_nonfinite=skip_nonfinite)
         return moved | {"step": batch_stats["step"] + accept.astype(jnp.int32)}
 
-    return running_normalizer(Normalizer(init, apply), _update, feature_axis=feature_axis, across=across)
+    return running_normalizer(Normalizer(init, apply), _update, feature_axis=feature_axis, axis_group=axis_group)
 
 
 def _correction(batch_stats, moments, r_max, d_max, epsilon):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -16,17 +17,7 @@ from jaxbn._features import (
     feature_shape,
     scale_shift,
 )
-from jaxbn._moments import (
-    Across,
-    canonical_axes,
-    combined_weights,
-    inexact,
-    inner,
-    shared_axes,
-    size_of,
-    weighted_sum,
-    wide,
-)
+from jaxbn._moments import at_least_float32, canonical_axes, combined_weights, inexact, inner, size_of, weighted_sum
 from jaxbn._normalize import checked_epsilon
 from jaxbn._normalizer import Normalizer
 
@@ -83,7 +74,7 @@ def rms_norm(
         params, batch_stats = checked(variables, x, train, feature_axis, shapes, {})
         weights = combined_weights(x, where, weights)
         axes = canonical_axes(axis, x.ndim)
-        xhat = root_mean_square_normalize(x, jnp.asarray(epsilon), weights, axes, shared_axes(axis_name, None))
+        xhat = root_mean_square_normalize(x, jnp.asarray(epsilon), weights, axes, axis_group_of(axis_name, None))
         scale = along(params.get("scale"), x.ndim, feature_axis)
         return scale_shift(xhat, scale, None, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
 
@@ -92,7 +83,7 @@ def rms_norm(
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def root_mean_square_normalize(
-    x: jax.Array, epsilon: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], across: Across
+    x: jax.Array, epsilon: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], axis_group: AxisGroup
 ) -> jax.Array:
     """X / sqrt(mean(|x|**2) + epsilon), float32 at least; where nothing counts the mean square is 0.
 
@@ -103,32 +94,32 @@ def root_mean_square_normalize(
       epsilon: real, a scalar or broadcastable to x with 1 for `axes`; differentiable.
       weights: as `combined_weights` makes them.
       axes: reduced.
-      across: shards that share the mean.
+      axis_group: shards that share the mean.
     """
-    return wide(x) * _inverse_root(x, epsilon, weights, axes, across)
+    return at_least_float32(x) * _inverse_root(x, epsilon, weights, axes, axis_group)
 
 
 @root_mean_square_normalize.defjvp
-def _root_mean_square_jvp(axes, across, primals, tangents):
+def _root_mean_square_jvp(axes, axis_group, primals, tangents):
     x, epsilon, weights = primals
     dx, depsilon, _ = tangents
-    inverse = _inverse_root(x, epsilon, weights, axes, across)
-    y = root_mean_square_normalize(*primals, axes, across)
-    du = wide(dx) * inverse
-    mean = _mean(inner(y, du), weights, axes, across) + 0.5 * depsilon * inverse**2
+    inverse = _inverse_root(x, epsilon, weights, axes, axis_group)
+    y = root_mean_square_normalize(*primals, axes, axis_group)
+    du = at_least_float32(dx) * inverse
+    mean = _mean(inner(y, du), weights, axes, axis_group) + 0.5 * depsilon * inverse**2
     return y, du - y * mean
 
 
-def _inverse_root(x, epsilon, weights, axes, across):
-    small = wide(x) * _ROOM
-    return lax.rsqrt(_mean(inner(small, small), weights, axes, across) + epsilon * _ROOM**2) * _ROOM
+def _inverse_root(x, epsilon, weights, axes, axis_group):
+    small = at_least_float32(x) * _ROOM
+    return lax.rsqrt(_mean(inner(small, small), weights, axes, axis_group) + epsilon * _ROOM**2) * _ROOM
 
 
-def _mean(values, weights, axes, across):
+def _mean(values, weights, axes, axis_group):
     """Weighted mean over axes and shards, which stay as axes of length 1."""
     if weights is None:
-        count, total = size_of(values.shape, axes) * across.size(), across.total(jnp.sum(values, axes))
+        count, total = size_of(values.shape, axes) * axis_group.size(), axis_group.total(jnp.sum(values, axes))
         return jnp.expand_dims(total / count, axes)
     count = jnp.sum(jnp.broadcast_to(weights, values.shape), axes)
-    count, total = across.total((count, weighted_sum(values, weights, axes)))
+    count, total = axis_group.total((count, weighted_sum(values, weights, axes)))
     return jnp.expand_dims(jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count)), axes)

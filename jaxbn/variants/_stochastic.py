@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._axis_group import axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -18,7 +19,7 @@ from jaxbn._features import (
     reduced_axes,
     stats_dtype,
 )
-from jaxbn._moments import inexact, shared_axes
+from jaxbn._moments import inexact
 from jaxbn._normalize import checked_epsilon, normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import running_normalizer
@@ -77,7 +78,7 @@ def stochastic_batch_norm(
     checked_epsilon(epsilon)
     if bank_size < 1:
         raise ValueError(f"bank_size={bank_size}; expected room for at least 1 batch.")
-    across = shared_axes(axis_name, axis_index_groups)
+    axis_group = axis_group_of(axis_name, axis_index_groups)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
     def init(key, x):
@@ -97,17 +98,17 @@ def stochastic_batch_norm(
         if not train:
             mean, var = running_moments(batch_stats) if rng is None else _draw(batch_stats, rng, bank_size)
             return normalize(x, mean, var, scale, bias, axis=axes, **out), None
-        check_several(x, axes, across, "Train on more examples, or use train=False.")
-        batch = dict(where=where, weights=weights, across=across)
+        check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
+        batch = dict(where=where, weights=weights, axis_group=axis_group)
         y, rows = normalize_by_batch(x, scale, bias, axis=axes, **batch, **out)
-        return y, across.own(rows)
+        return y, axis_group.own(rows)
 
     def _kept(shape):
         running = dict.fromkeys(("mean", "var") if decay is not None else ("mean", "var", "weight"), shape)
         return running | dict.fromkeys(("mean_bank", "var_bank"), (bank_size, *shape)) | {"step": ()}
 
     update = partial(_record, decay=decay, bank_size=bank_size)
-    return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, across=across)
+    return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, axis_group=axis_group)
 
 
 def _draw(batch_stats, rng, bank_size):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._axis_group import axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -18,16 +19,7 @@ from jaxbn._features import (
     scale_shift,
     stats_dtype,
 )
-from jaxbn._moments import (
-    Measured,
-    Moments,
-    centered,
-    combined_weights,
-    inexact,
-    measure,
-    merge_moments,
-    shared_axes,
-)
+from jaxbn._moments import Measured, Moments, centered, combined_weights, inexact, measure, merge_moments
 from jaxbn._normalize import checked_epsilon
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import unrecordable
@@ -84,7 +76,7 @@ def virtual_batch_norm(
     checked_epsilon(epsilon)
     if reference_size < 2:
         raise ValueError(f"reference_size={reference_size}; expected at least 2 examples: one has no variance.")
-    across = shared_axes(axis_name, None)
+    axis_group = axis_group_of(axis_name, None)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
     def init(key, x):
@@ -119,7 +111,7 @@ def virtual_batch_norm(
                 f"x has shape {x.shape}; in training its first {reference_size} examples are the reference batch."
             )
         axes = reduced_axes(x.ndim, feature_axis)
-        return measure(x[:reference_size], _part(weights, slice(reference_size)), axes, across)
+        return measure(x[:reference_size], _part(weights, slice(reference_size)), axes, axis_group)
 
     def _standardize(x, weights, reference, references):
         """(x - mean) / sqrt(var + epsilon), all relative to the reference mean, from which nothing is far."""
@@ -139,7 +131,7 @@ def virtual_batch_norm(
         positions = reduced_axes(c.ndim, feature_axis)[1:]
         counts = (jnp.arange(c.shape[0]) >= references).reshape((-1,) + (1,) * (c.ndim - 1))
         weights = counts.astype(c.real.dtype) if weights is None else weights * counts
-        return measure(c, weights, positions, shared_axes(None, None)).moments
+        return measure(c, weights, positions, axis_group_of(None, None)).moments
 
     return unrecordable(Normalizer(init, apply), _NO_RECORD)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._axis_group import axis_group_of
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -19,7 +20,7 @@ from jaxbn._features import (
     scale_shift,
     stats_dtype,
 )
-from jaxbn._moments import canonical_axes, centered, combined_weights, inexact, measure, shared_axes
+from jaxbn._moments import canonical_axes, centered, combined_weights, inexact, measure
 from jaxbn._normalize import checked_epsilon
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import unrecordable
@@ -88,7 +89,7 @@ def whitening_norm(
     checked_epsilon(epsilon)
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size={group_size}; expected at least 1 feature a group, or None for one group.")
-    across = shared_axes(axis_name, axis_index_groups)
+    axis_group = axis_group_of(axis_name, axis_index_groups)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
     def init(key, x):
@@ -106,7 +107,9 @@ def whitening_norm(
         kept = dict(mean=shape, whitening=(groups, size, size))
         params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), kept)
         if train:
-            check_several(x, reduced_axes(x.ndim, feature_axis), across, "Train on more examples, or use train=False.")
+            check_several(
+                x, reduced_axes(x.ndim, feature_axis), axis_group, "Train on more examples, or use train=False."
+            )
             c, whitening, batch_stats = _measured(batch_stats, x, combined_weights(x, where, weights))
         else:
             kept = lax.stop_gradient(batch_stats)
@@ -117,7 +120,7 @@ def whitening_norm(
 
     def _measured(batch_stats, x, weights):
         axes = reduced_axes(x.ndim, feature_axis)
-        measured = measure(x, weights, axes, across)
+        measured = measure(x, weights, axes, axis_group)
         c = centered(x, measured, axes)
         covariance = _covariance(c, weights, measured.count)
         whitening = inverse_root(covariance + epsilon * jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None])
@@ -137,7 +140,7 @@ def whitening_norm(
         if weights is None:
             # Each factor takes its root of the share, so that the sum of squares has room in float32.
             rows = rows * jnp.sqrt(share)
-            return across.total(_product("ngi,ngj->gij", rows, rows))
+            return axis_group.total(_product("ngi,ngj->gij", rows, rows))
         (axis,) = canonical_axes(feature_axis, c.ndim, "feature_axis")
         if weights.shape[axis] != 1:
             raise ValueError(
@@ -147,7 +150,7 @@ def whitening_norm(
         weights = jnp.broadcast_to(jnp.moveaxis(weights, axis, -1), (*jnp.moveaxis(c, axis, -1).shape[:-1], 1))
         weights = weights.reshape(-1, 1, 1)
         rows = jnp.where(weights == 0, 0, rows)
-        return across.total(_product("ngi,ngj->gij", rows * share * weights, rows))
+        return axis_group.total(_product("ngi,ngj->gij", rows * share * weights, rows))
 
     def _rows(c):
         return jnp.moveaxis(c, feature_axis, -1).reshape(-1, *_groups(c))

@@ -7,8 +7,7 @@ from flax import nnx
 
 import jaxbn.nnx
 from jaxbn._moments import Moments
-from jaxbn.diagnostics import _running as spread
-from jaxbn.diagnostics import spread_table
+from jaxbn.diagnostics import running_stats_summary, running_stats_table
 
 EPSILON = 1e-5
 
@@ -24,22 +23,22 @@ def only(rows):
 
 
 def test_a_fresh_layer_is_healthy():
-    row = only(spread(one_layer()))
+    row = only(running_stats_summary(one_layer()))
     assert row[1:6] == (4, 0, 0, 0, 0)
     assert (row.var_min, row.var_median, row.var_max, row.mean_over_std) == (1, 1, 1, 0)
 
 
 def test_variance_below_epsilon_counts_as_constant():
-    assert only(spread(one_layer(var=(0, 1e-6, 2e-5, 1)))).constant == 2
+    assert only(running_stats_summary(one_layer(var=(0, 1e-6, 2e-5, 1)))).constant == 2
 
 
 def test_scale_of_zero_is_silent_and_a_bias_far_below_is_negative():
-    row = only(spread(one_layer(scale=(0, 1, -1, 0.5), bias=(-9, -5, -3, -2.1))))
+    row = only(running_stats_summary(one_layer(scale=(0, 1, -1, 0.5), bias=(-9, -5, -3, -2.1))))
     assert (row.silent, row.negative) == (1, 2)
 
 
 def test_what_is_not_finite_is_counted_and_left_out_of_the_rest():
-    row = only(spread(one_layer(mean=(np.nan, 0, 0, 3), var=(1, np.inf, -1, 4))))
+    row = only(running_stats_summary(one_layer(mean=(np.nan, 0, 0, 3), var=(1, np.inf, -1, 4))))
     assert row.nonfinite == 3
     assert (row.var_min, row.var_max) == (4, 4)
     assert row.mean_over_std == pytest.approx(3 / np.sqrt(4 + EPSILON))
@@ -47,32 +46,32 @@ def test_what_is_not_finite_is_counted_and_left_out_of_the_rest():
 
 def test_drift_is_in_standard_deviations_and_in_factors_of_two():
     batch = Moments(np.full(4, 10.0), np.array([0, 2.0, 0, 0]), np.array([1, 4.0, 1, 8.0]))
-    row = only(spread(one_layer(), {"": batch}))
+    row = only(running_stats_summary(one_layer(), {"": batch}))
     assert row.mean_drift == pytest.approx(2 / np.sqrt(4 + EPSILON))
     assert row.var_drift == pytest.approx(3, rel=1e-4)
 
 
 def test_a_feature_that_the_batch_did_not_show_does_not_drift():
     batch = Moments(np.array([10.0, 0, 10, 10]), np.zeros(4), np.array([1.0, 0, 1, 1]))
-    row = only(spread(one_layer(mean=(0, 7, 0, 0)), {"": batch}))
+    row = only(running_stats_summary(one_layer(mean=(0, 7, 0, 0)), {"": batch}))
     assert (row.mean_drift, row.var_drift) == (0, 0)
 
 
 def test_debiased_averages_are_corrected_first():
     variables = one_layer(mean=(1, 1, 1, 1), var=(1, 1, 1, 1))
     variables["batch_stats"]["weight"] = jnp.full(4, 0.25)
-    assert only(spread(variables, debias=True)).var_max == 4
+    assert only(running_stats_summary(variables, debias=True)).var_max == 4
 
 
 def test_a_layer_without_scale_and_bias_counts_as_ones_and_zeros():
-    row = only(spread({"batch_stats": one_layer()["batch_stats"]}))
+    row = only(running_stats_summary({"batch_stats": one_layer()["batch_stats"]}))
     assert (row.silent, row.negative) == (0, 0)
 
 
 def test_layers_of_a_tree_are_rows_by_path():
     layer = one_layer(bias=(-9, 0, 0, 0))
     variables = {name: {"block": {"norm": layer[name]}, "head": layer[name]} for name in layer}
-    rows = spread(variables, {"head": Moments(np.ones(4), np.zeros(4), np.ones(4))})
+    rows = running_stats_summary(variables, {"head": Moments(np.ones(4), np.zeros(4), np.ones(4))})
     assert [row.path for row in rows] == ["block/norm", "head"]
     assert [row.negative for row in rows] == [1, 1]
     assert [np.isnan(row.mean_drift) for row in rows] == [True, False]
@@ -84,24 +83,28 @@ def test_an_nnx_model_is_read_from_its_states():
             self.norm = jaxbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
 
     _, params, stats = nnx.split(Model(), nnx.Param, nnx.BatchStat)
-    assert [(row.path, row.features) for row in spread({"params": params, "batch_stats": stats})] == [("norm", 3)]
+    assert [(row.path, row.features) for row in running_stats_summary({"params": params, "batch_stats": stats})] == [
+        ("norm", 3)
+    ]
 
 
 def test_the_table_has_a_line_of_names_and_one_a_layer():
-    table = spread_table(spread(one_layer(mean=(1e4, 0, 0, 0))))
+    table = running_stats_table(running_stats_summary(one_layer(mean=(1e4, 0, 0, 0))))
     names, figures = table.splitlines()
-    assert names.split() == list(jaxbn.diagnostics.LayerSpread._fields[:10])
+    assert names.split() == list(jaxbn.diagnostics.LayerSummary._fields[:10])
     assert figures.split() == [".", "4", "0", "0", "0", "0", "1", "1", "1", "1e+04"]
 
 
 def test_the_columns_of_the_table_are_aligned():
     layer = one_layer()
     variables = {name: {"a": layer[name], "a/longer/path": layer[name]} for name in layer}
-    lines = spread_table(spread(variables, {"a": Moments(np.ones(4), np.zeros(4), np.ones(4))})).splitlines()
+    lines = running_stats_table(
+        running_stats_summary(variables, {"a": Moments(np.ones(4), np.zeros(4), np.ones(4))})
+    ).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split()[-2:] == ["mean_drift", "var_drift"]
     assert lines[2].split()[-2:] == ["nan", "nan"]
 
 
 def test_a_network_without_layers_has_an_empty_table():
-    assert len(spread_table(spread({"params": {}, "batch_stats": {}})).splitlines()) == 1
+    assert len(running_stats_table(running_stats_summary({"params": {}, "batch_stats": {}})).splitlines()) == 1
