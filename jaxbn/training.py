@@ -140,7 +140,8 @@ def pmap_step(
     """A train step under `jax.pmap`, which is in maintenance: `shard_map_step` does the same with less.
 
     As `shard_map_step`, but for the state: `replicate_for_pmap(state, devices)` before the first step and
-    `unreplicate(state)` after the last. Batches are [examples, ...] as there. That all devices keep one batch_stats is proved as there, by tracing.
+    `unreplicate(state)` after the last. Batches are [examples, ...] as there. That all devices keep one batch_stats is
+    proved as there, by tracing.
 
     Args:
       loss: as in `shard_map_step`.
