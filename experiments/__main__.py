@@ -21,8 +21,8 @@ app = tyro.extras.SubcommandApp()
 def list_experiments() -> None:
     """Show the experiments and what each claims."""
     shown = Table("experiment", "claim", title="python -m experiments run NAME", title_justify="left")
-    for name, entry in registry.EXPERIMENTS.items():
-        shown.add_row(name, entry.claim)
+    for name in registry.EXPERIMENTS:
+        shown.add_row(name, registry.load(name).title)
     Console().print(shown)
 
 
@@ -33,6 +33,7 @@ def run(
     seeds: str | None = None,
     data: str | None = None,
     out: str | None = None,
+    pilot: bool = False,
 ) -> None:
     """Run an experiment, or continue it, or show it again once it is done.
 
@@ -43,18 +44,16 @@ def run(
         data: the data set instead of the preset's: mnist5k, fashion_mnist, fashion_mnist:DIRECTORY, hub:mnist,
             hub:fashion_mnist or hub:cifar10.
         out: the directory for the results; runs/NAME-PRESET if not given.
+        pilot: only say how many seeds each claim needs, from runs on seeds that are used for nothing else.
     """
-    from experiments.framework.runner import run_experiment
+    from experiments.framework.run import plan, run_experiment
 
-    module = registry.load(registry.EXPERIMENTS, name)
-    settings = registry.settings_of(module, name, preset)
-    if seeds is not None:
-        settings["seeds"] = parse_seeds(seeds)
-    if data is not None:
-        if "data" not in settings:
-            raise UserError(f"{name} uses no data: leave out --data {data}")
-        settings["data"] = data
-    run_experiment(module, name, preset, settings, Path(out or f"runs/{name}-{preset}"))
+    experiment = registry.load(name)
+    settings = registry.settings_of(experiment, name, preset, None if seeds is None else parse_seeds(seeds), data)
+    if pilot:
+        plan(experiment, name, preset, settings, Path(out or f"runs/{name}-{preset}-pilot"))
+    else:
+        run_experiment(experiment, name, preset, settings, Path(out or f"runs/{name}-{preset}"))
 
 
 @app.command
@@ -107,7 +106,7 @@ def train(
 
 @app.command
 def report() -> None:
-    """Build experiments/results/REPORT.md from the committed results."""
+    """Build experiments/results/README.md from the committed results."""
     from experiments.framework.report import write_report
 
     print(write_report())

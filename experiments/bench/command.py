@@ -24,7 +24,7 @@ def run(names: Sequence[str], record: Path | None) -> None:
 
     UserError if `record` cannot be written, before anything is measured.
     """
-    modules = {name: registry.load(registry.BENCHMARKS, name, "benchmark") for name in names}
+    modules = {name: registry.load_benchmark(name) for name in names}
     if record is not None and not record.parent.is_dir():
         raise UserError(f"--json {record}: there is no directory {record.parent}; make it first")
     keep_freed_memory()

@@ -6,11 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.framework.tables import Table, to_rich
-from experiments.framework.verdict import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict, effect_in_words
 from experiments.training.loop import Track
-
-STYLES = {SUPPORTED: "bold green", NOT_SUPPORTED: "bold red", INCONCLUSIVE: "bold yellow"}
 
 
 @contextmanager
@@ -38,19 +34,3 @@ def progress(console: Console) -> Iterator[Track]:
             shown.update(bar.id, completed=done, rate=f"{bar.speed:.1f}/s" if bar.speed else "")
 
         yield track
-
-
-def show_tables(console: Console, tables: list[Table]) -> None:
-    """Print every table."""
-    for table in tables:
-        console.print()
-        console.print(to_rich(table))
-
-
-def show_verdicts(console: Console, verdicts: list[Verdict]) -> None:
-    """Print a verdict per claim, with what was found and the effect."""
-    for found in verdicts:
-        console.print()
-        console.print(f"[{STYLES[found.outcome]}]{found.outcome.upper()}[/] {found.claim}")
-        console.print(f"  {found.sentence}", highlight=False)
-        console.print(f"  {effect_in_words(found)}", highlight=False, style="dim")

@@ -1,48 +1,26 @@
-"""The table of experiments and benchmarks; a module is imported only when it is asked for.
+"""The experiments and benchmarks by name; a module is imported only when it is asked for.
 
-An experiment is one module with these names:
-
-- `PRESETS`: `{"smoke": settings, "cpu": settings, "full": settings}`, each a flat, JSON-able dict with at
-  least `"seeds"` (an int), and `"data"` (a data set's name) if the experiment reads data;
-- `SOURCE`: where the claim comes from, in a line;
-- `run(settings, record, track)`: computes and appends rows to the record, stage by stage;
-- `judge(settings, rows) -> list[Verdict]`;
-- `tabulate(settings, rows) -> list[Table]`;
-- `draw(settings, rows, directory) -> list[Picture]`.
-
-The last three are pure functions of the rows, so that a finished run is judged and drawn again without
-training.
-A benchmark is one module as `experiments.bench.command` describes.
+An experiment is a file of experiments/ with an `Experiment` named EXPERIMENT; to add one, put its name below. A
+benchmark is a module as `experiments.bench.command` describes.
 """
 
+import dataclasses
 import importlib
 from types import ModuleType
 from typing import NamedTuple
 
 from experiments.errors import UserError
+from experiments.framework.experiment import Experiment, Settings
+
+EXPERIMENTS = ("benefits", "deep_conv", "chain", "placement")
 
 
 class Entry(NamedTuple):
-    """One line of the table."""
+    """A benchmark: its module, and what it measures."""
 
     module: str
-    claim: str
+    measures: str
 
-
-EXPERIMENTS: dict[str, Entry] = {
-    "benefits": Entry(
-        "experiments.benefits",
-        "Batch norm trains an MLP faster, at higher rates, from bad weights and with saturating activations.",
-    ),
-    "deep_conv": Entry(
-        "experiments.deep_conv",
-        "Twenty layers that learn nothing plain reach over 95% of MNIST in 800 steps with batch norm.",
-    ),
-    "chain": Entry(
-        "experiments.chain",
-        "In a deep product of weights a gradient step misses its first-order forecast; normalizing mends it.",
-    ),
-}
 
 BENCHMARKS: dict[str, Entry] = {
     "operation": Entry("experiments.bench.operation", "One layer: forward, backward, evaluation; every library."),
@@ -55,15 +33,28 @@ BENCHMARKS: dict[str, Entry] = {
 }
 
 
-def load(table: dict[str, Entry], name: str, kind: str = "experiment") -> ModuleType:
-    """Import the module called `name` in `table`; UserError with the known names if there is none."""
-    if name not in table:
-        raise UserError(f"there is no {kind} {name!r}; choose one of: {', '.join(table)}")
-    return importlib.import_module(table[name].module)
+def load(name: str) -> Experiment:
+    """The experiment of that name; UserError with the known names if there is none."""
+    if name not in EXPERIMENTS:
+        raise UserError(f"there is no experiment {name!r}; choose one of: {', '.join(EXPERIMENTS)}")
+    return importlib.import_module(f"experiments.{name}").EXPERIMENT
 
 
-def settings_of(module: ModuleType, name: str, preset: str) -> dict:
-    """A copy of the settings of one preset; UserError with the known presets if there is none."""
-    if preset not in module.PRESETS:
-        raise UserError(f"{name} has no preset {preset!r}; choose one of: {', '.join(module.PRESETS)}")
-    return dict(module.PRESETS[preset])
+def load_benchmark(name: str) -> ModuleType:
+    """The benchmark of that name; UserError with the known names if there is none."""
+    if name not in BENCHMARKS:
+        raise UserError(f"there is no benchmark {name!r}; choose one of: {', '.join(BENCHMARKS)}")
+    return importlib.import_module(BENCHMARKS[name].module)
+
+
+def settings_of(
+    experiment: Experiment, name: str, preset: str, seeds: int | None = None, data: str | None = None
+) -> Settings:
+    """The settings of one preset, with other seeds or data where given; UserError if that cannot be."""
+    if preset not in experiment.settings:
+        raise UserError(f"{name} has no preset {preset!r}; choose one of: {', '.join(experiment.settings)}")
+    settings = experiment.settings[preset]
+    if data is not None and settings.data is None:
+        raise UserError(f"{name} uses no data: leave out --data {data}")
+    given = {"seeds": seeds, "data": data}
+    return dataclasses.replace(settings, **{key: value for key, value in given.items() if value is not None})

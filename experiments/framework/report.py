@@ -1,37 +1,57 @@
 """summary.json of a finished run, and the report that joins the committed ones."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.errors import UserError
-from experiments.framework import record
-from experiments.framework.plots import Picture
-from experiments.framework.registry import EXPERIMENTS
+from experiments.framework import record, registry
+from experiments.framework.claim import fingerprint
+from experiments.framework.experiment import Drawn, Experiment
 from experiments.framework.tables import Table, to_markdown
-from experiments.framework.verdict import Verdict, effect_in_words
+from experiments.framework.verdict import Cell, Verdict, cell_in_words, effect_in_words, outcome_in_words
 
 RESULTS = Path(__file__).parents[1] / "results"
+REPORT = "README.md"
 
 
-def write_summary(directory: Path, verdicts: list[Verdict], tables: list[Table], pictures: list[Picture]) -> None:
+def write_summary(
+    directory: Path,
+    experiment: Experiment,
+    verdicts: Sequence[Verdict],
+    tables: Sequence[Table],
+    pictures: Sequence[Drawn],
+) -> None:
     """Write what a run found, as JSON; a number that is not finite becomes null."""
+    about = {name: getattr(experiment, name) for name in ("title", "question", "source", "differs")}
     content = {
-        "verdicts": [found._asdict() for found in verdicts],
+        **about,
+        "verdicts": [{**found._asdict(), "cells": [cell._asdict() for cell in found.cells]} for found in verdicts],
         "tables": [table._asdict() for table in tables],
-        "pictures": [picture._asdict() for picture in pictures],
+        "pictures": [{"file": picture.file, "caption": picture.caption} for picture in pictures],
     }
     record.write_json(directory / "summary.json", record.compact(content))
 
 
+def read_verdicts(directory: Path) -> list[Verdict]:
+    """The verdicts of a finished run."""
+    summary = record.revive(record.read_json(directory / "summary.json"))
+    found = []
+    for entry in summary["verdicts"]:
+        known = {name: None if v != v else v for name, v in entry.items() if name in ("needed", "p_value")}
+        found.append(Verdict(**{**entry, **known, "cells": [Cell(**cell) for cell in entry["cells"]]}))
+    return found
+
+
 def write_report(results: Path = RESULTS) -> Path:
-    """Build `results`/REPORT.md from the directories in it; UserError if there is no finished run among them."""
+    """Build the report in `results` from the directories in it; UserError if there is no finished run among them."""
     finished = {path.parent.name: experiment_of(path.parent) for path in results.glob("*/summary.json")}
-    present = sorted(finished, key=lambda name: (list(EXPERIMENTS).index(finished[name]), name))
+    present = sorted(finished, key=lambda name: (registry.EXPERIMENTS.index(finished[name]), name))
     if not present:
         raise UserError(
             f"{results} holds no finished run: python -m experiments run NAME --out {results}/NAME makes one"
         )
     head = "# What the experiments found\n\nBuilt by `python -m experiments report` from the directories beside it."
-    path = results / "REPORT.md"
+    path = results / REPORT
     path.write_text("\n\n".join([head, *(section(results, name) for name in present)]) + "\n")
     return path
 
@@ -39,7 +59,7 @@ def write_report(results: Path = RESULTS) -> Path:
 def experiment_of(directory: Path) -> str:
     """The experiment that a run's directory belongs to; UserError if there is none of that name."""
     name = record.read_json(directory / "config.json").get("experiment")
-    if name not in EXPERIMENTS:
+    if name not in registry.EXPERIMENTS:
         raise UserError(f"{directory} holds a run of {name!r}, which is no experiment: move it away")
     return name
 
@@ -49,24 +69,54 @@ def section(results: Path, name: str) -> str:
     directory = results / name
     config = record.read_json(directory / "config.json")
     summary = record.revive(record.read_json(directory / "summary.json"))
-    verdicts = [Verdict(**entry) for entry in summary["verdicts"]]
+    verdicts = read_verdicts(directory)
     parts = [
         f"## {name}",
-        EXPERIMENTS[config["experiment"]].claim,
+        f"{summary['question']} Source: {summary['source']}.",
         "| claim | verdict | found |\n| --- | --- | --- |\n" + "\n".join(map(_verdict_row, verdicts)),
-        *(to_markdown(Table(**entry)) for entry in summary["tables"]),
         *(f"![{entry['caption']}]({name}/{entry['file']})" for entry in summary["pictures"]),
-        "Criteria, fixed before the run:\n\n" + "\n".join(f"- {v.claim} {v.criterion}" for v in verdicts),
-        _origin(config),
+        *(to_markdown(Table(**entry)) for entry in summary["tables"]),
+        *([f"What differs from the source: {summary['differs']}"] if summary["differs"] else []),
+        "Criteria:\n\n" + "\n".join(f"- {v.claim} {v.criterion}" for v in verdicts),
+        *_cells(verdicts),
+        fixed_in_words(config),
+        origin_in_words(config),
     ]
     return "\n\n".join(parts)
 
 
 def _verdict_row(found: Verdict) -> str:
-    return f"| {found.claim} | **{found.outcome}** | {found.sentence} {effect_in_words(found)} |"
+    source = f" ({found.source})" if found.source else ""
+    return f"| {found.claim}{source} | **{outcome_in_words(found)}** | {found.found} {effect_in_words(found)} |"
 
 
-def _origin(config: dict) -> str:
+def _cells(verdicts: Sequence[Verdict]) -> list[str]:
+    """The effect in every cell, where a claim has several."""
+    rows = [
+        f"| {found.claim} | {cell_in_words(cell)} | {cell.effect:.3g} ({cell.low:.3g} to {cell.high:.3g})"
+        f" | {cell.outcome} |"
+        for found in verdicts
+        if len(found.cells) > 1
+        for cell in found.cells
+    ]
+    head = "**The effect in every cell** (with its own 95% interval)\n\n| claim | cell | effect | claim holds there |"
+    return [head + "\n| --- | --- | ---: | --- |\n" + "\n".join(rows)] if rows else []
+
+
+def fixed_in_words(config: dict) -> str:
+    """Whether the claims stood in a commit before the run, and whether they are the same today."""
+    claims = config["claims"]
+    words = (
+        f"The claims were fixed before the run: SHA-256 `{claims['sha256'][:16]}`, in the commit below."
+        if claims["fixed_before_the_run"]
+        else "**Not fixed before the run**: no commit holds the claims as they were when it started."
+    )
+    today = fingerprint(registry.load(config["experiment"]).claims)
+    return words if today == claims["sha256"] else f"{words} **The claims have changed since** (`{today[:16]}` today)."
+
+
+def origin_in_words(config: dict) -> str:
+    """The command, commit, hardware and versions behind a result."""
     origin = config["provenance"]
     return (
         f"`python -m experiments run {config['experiment']} --preset {config['preset']}` at commit"

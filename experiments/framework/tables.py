@@ -1,19 +1,87 @@
-"""Tables as plain data, shown on a terminal or written as Markdown."""
+"""Tables as plain data, made from arrays with named axes, shown on a terminal or written as Markdown."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import rich.box
 import rich.table
+import xarray as xr
 
 
 class Table(NamedTuple):
-    """A small table of strings; the first column names the row."""
+    """A small table of strings; the first columns name the row."""
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     note: str = ""  # what a reader has to know: units, number of seeds, what is not comparable
+
+
+def table_of(
+    title: str,
+    values: Callable[[xr.Dataset], xr.DataArray],
+    *,
+    rows: Sequence[str],
+    columns: str,
+    published: xr.DataArray | None = None,
+    digits: int = 3,
+    note: str = "",
+    over: str = "seed",
+) -> Callable[[Any, xr.Dataset], Table]:
+    """Mean and standard deviation over seeds, a row for each combination of `rows`, a column for each of `columns`.
+
+    Args:
+      title: what the figures are, with their unit.
+      values: values(results) -> array with the axes `rows`, `columns` and `over`; nan counts as not measured.
+      rows: names of axes.
+      columns: name of one axis.
+      published: the source's figures over the same axes without `over`; each column gets one of theirs beside ours.
+      digits: after the point.
+      note: under the table, after the number of seeds, the data and the steps.
+      over: the axis over which mean and deviation are taken.
+
+    Returns:
+      table(settings, results) -> Table, as an Experiment wants it.
+    """
+
+    def table(settings: Any, results: xr.Dataset) -> Table:
+        array = values(results)
+        heads = [_label(value) for value in array[columns].values]
+        lines = []
+        for place in np.ndindex(*(array.sizes[name] for name in rows)):
+            at = {name: array[name].values[index] for name, index in zip(rows, place, strict=True)}
+            cells = [mean_and_std(some, digits) for some in array.sel(at).transpose(columns, over).values]
+            if published is not None:
+                theirs = published.sel({name: value for name, value in at.items() if name in published.dims})
+                cells += [
+                    "" if np.isnan(v) else f"{v:.{digits}f}" for v in theirs.sel({columns: array[columns]}).values
+                ]
+            lines.append([*map(_label, at.values()), *cells])
+        names = [*heads, *(f"published {head}" for head in heads)] if published is not None else heads
+        return Table(title, [*rows, *names], lines, f"{basis(settings)} {note}".strip())
+
+    return table
+
+
+def basis(settings: Any) -> str:
+    """What mean and deviation are of: number of seeds, data, steps."""
+    parts = [f"Mean ± standard deviation of {settings.seeds} seed{'s' * (settings.seeds != 1)}", settings.data]
+    parts += [f"{settings.steps:,} steps"] if settings.steps else []
+    return ", ".join(part for part in parts if part) + "."
+
+
+def mean_and_std(values: np.ndarray, digits: int = 3) -> str:
+    """Mean and standard deviation over seeds, in words; no deviation for one seed. nan is left out, and counted."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return "–"
+    words = f"{known.mean():.{digits}f}" + (f" ± {known.std(ddof=1):.{digits}f}" if len(known) > 1 else "")
+    return words if len(known) == len(values) else f"{words} ({len(known)} of {len(values)})"
+
+
+def _label(value) -> str:
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def to_rich(table: Table) -> rich.table.Table:
@@ -32,8 +100,3 @@ def to_markdown(table: Table) -> str:
     head = ["| " + " | ".join(table.columns) + " |", "| --- |" + " ---: |" * (len(table.columns) - 1)]
     body = ["| " + " | ".join(row) + " |" for row in table.rows]
     return "\n".join([f"**{table.title}**", "", *head, *body, *(["", table.note] if table.note else [])])
-
-
-def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation over seeds, in words; no deviation for one seed."""
-    return f"{values.mean():.3f}" + (f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else "")

@@ -1,0 +1,143 @@
+"""What an experiment is made of. A file of experiments/ defines one `Experiment`; everything else is done here."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xarray as xr
+from matplotlib.figure import Figure
+
+from experiments.framework.claim import Claim
+from experiments.framework.tables import Table
+from experiments.training.loop import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The size of an experiment; an experiment with more to set derives its own class.
+
+    Attributes:
+      seeds: number of independent repetitions.
+      data: name of the data set; None if none is used.
+      steps: of training.
+      interval: steps between two measurements.
+    """
+
+    seeds: int
+    data: str | None = None
+    steps: int = 0
+    interval: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """The same search for every arm: the value of one axis that is best on validation, then fresh seeds for the result.
+
+    Every program and every cell of the other axes tries the same values with the same seeds. Where the best of one
+    lies at an end of the values, all get one value more there, at the distance of the last two, `extensions` times at
+    most.
+
+    Attributes:
+      axis: what is chosen: an entry of a run, such as "rate".
+      values: tried first, in rising order.
+      seeds: runs of each value; they are not used again.
+      on: the metric by whose mean over seeds is chosen; larger is better. A run that diverged counts as the worst.
+      extensions: how often values may be added.
+    """
+
+    axis: str
+    values: tuple[float, ...]
+    seeds: int = 2
+    on: str = "validation_accuracy"
+    extensions: int = 2
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Networks that are trained: every combination of the programs' axes is compiled once, all its runs train together.
+
+    Attributes:
+      task: task(settings, **program) -> what the runs of one program have in common; see `experiments.training.loop`.
+      batch_size: examples a step.
+      programs: axes of which every combination is a program of its own: {"arm": ("plain", "batch norm")}.
+      runs: axes of numbers that vary within a program: {"rate": (0.01, 1.0)}; "seed" comes by itself.
+      search: chooses the value of one further number of a run; None if nothing is chosen.
+      conclude: conclude(trained) -> {name: (names of further axes, values [runs, ...])}; see `Trained`.
+    """
+
+    task: Callable[..., Task]
+    batch_size: int
+    programs: Mapping[str, tuple]
+    runs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    search: Search | None = None
+    conclude: "Callable[[Trained], Mapping[str, tuple[tuple[str, ...], Any]]] | None" = None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Networks at the end of their training.
+
+    Attributes:
+      program: the values of the programs' axes.
+      task: what the networks have in common.
+      runs: the numbers of each.
+      variables: theirs; every leaf has a leading axis [runs].
+      arrays: the data set on the device, as `experiments.training.loop.on_device` has it.
+    """
+
+    program: Mapping[str, Any]
+    task: Task
+    runs: Sequence[Mapping[str, float]]
+    variables: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of an experiment that is kept as a whole once it is done.
+
+    Attributes:
+      name: by which a later process knows that it is done.
+      measure: measure() -> named arrays with named axes.
+    """
+
+    name: str
+    measure: Callable[[], xr.Dataset]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture: the figure, the name of its file, and a caption that says what is to be seen."""
+
+    file: str
+    figure: Figure
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A question put to data.
+
+    Attributes:
+      title: what is claimed, in a line, for the list of experiments.
+      question: what a reader wants to know.
+      source: where the claims come from; printed.
+      settings: by preset: "smoke" (seconds), "cpu" (minutes on two cores), "full" (the source's own).
+      claims: fixed before the run.
+      grid: networks to train, if any.
+      stages: stages(settings) -> what is measured beyond the grid, in order.
+      differs: what differs from the source's protocol, in a sentence or two.
+      tables: table(settings, results) -> Table.
+      pictures: picture(settings, results) -> Drawn.
+    """
+
+    title: str
+    question: str
+    source: str
+    settings: Mapping[str, Settings]
+    claims: Sequence[Claim]
+    grid: Grid | None = None
+    stages: Callable[[Any], Iterable[Stage]] | None = None
+    differs: str = ""
+    tables: Sequence[Callable[[Any, xr.Dataset], Table]] = ()
+    pictures: Sequence[Callable[[Any, xr.Dataset], Drawn]] = ()

@@ -1,0 +1,147 @@
+"""Running one experiment from its settings to its pictures."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from experiments.errors import UserError
+from experiments.framework import results
+from experiments.framework.claim import fingerprint
+from experiments.framework.display import progress
+from experiments.framework.experiment import Experiment, Grid, Settings, Trained
+from experiments.framework.grid import train_grid
+from experiments.framework.pictures import save
+from experiments.framework.provenance import provenance
+from experiments.framework.record import Record, open_record
+from experiments.framework.report import write_summary
+from experiments.framework.search import runs_of, search, with_chosen
+from experiments.framework.show import show_tables, show_verdicts
+from experiments.framework.tables import Table
+from experiments.framework.verdict import MOST_SEEDS, judge, seeds_for
+from experiments.training import data
+from experiments.training.loop import Schedule
+
+PILOT_SEED = 20_000  # seeds of a pilot; its results are thrown away
+
+Track = Callable[[str, int, int], None]  # label, units done, units in all
+
+
+def run_experiment(experiment: Experiment, name: str, preset: str, settings: Settings, directory: Path) -> None:
+    """Run the experiment in `directory` or continue it there, then judge, draw and print it.
+
+    A finished run is not trained again: its rows are judged, drawn and printed anew.
+    """
+    config = config_of(experiment, name, preset, settings)
+    record = open_record(directory, config)
+    console = Console()
+    seeds = f"{settings.seeds} seed{'s' if settings.seeds != 1 else ''}"
+    console.print(f"{name}, preset {preset}, {seeds}, in {directory}\nSource: {experiment.source}", highlight=False)
+    if not record.finished:
+        with progress(console) as track:
+            measure(experiment, settings, record, track)
+        record.close()
+    found = results.results_of(experiment, record.rows())
+    verdicts = [judge(claim, found) for claim in experiment.claims]
+    tables = [table(settings, found) for table in experiment.tables]
+    pictures = [picture(settings, found) for picture in experiment.pictures]
+    for picture in pictures:
+        save(picture, directory)
+    write_summary(directory, experiment, verdicts, tables, pictures)
+    show_tables(console, tables)
+    show_verdicts(console, verdicts)
+    console.print(f"\nPictures: {', '.join(str(directory / picture.file) for picture in pictures)}", highlight=False)
+
+
+def config_of(experiment: Experiment, name: str, preset: str, settings: Settings) -> dict:
+    """What config.json says of a run before it starts."""
+    origin = provenance()
+    fixed = origin["commit"] != "unknown" and not origin["commit"].endswith("+changes")
+    config = {
+        "experiment": name,
+        "preset": preset,
+        "settings": dataclasses.asdict(settings),
+        "claims": {"sha256": fingerprint(experiment.claims), "fixed_before_the_run": fixed},
+        "provenance": origin,
+    }
+    if settings.data is not None:
+        config["data"] = {"name": settings.data, "sha256": data.load(settings.data).fingerprint}
+    return config
+
+
+def measure(experiment: Experiment, settings: Settings, record: Record, track: Track, first_seed: int = 0) -> None:
+    """Train the grid and run the stages; what the record has is not done again."""
+    if experiment.grid is not None:
+        _train(experiment.grid, settings, record, track, first_seed)
+    stages = list(experiment.stages(settings)) if experiment.stages else []
+    for number, stage in enumerate(stages):
+        track("stages" if len(stages) > 1 else stage.name, number, len(stages))
+        if not record.is_done(stage.name):
+            found = stage.measure()
+            record.finish(stage.name, [{"stage": stage.name, "dataset": found.to_dict()}])
+    if stages:
+        track("stages" if len(stages) > 1 else stages[-1].name, len(stages), len(stages))
+
+
+def _train(grid: Grid, settings: Settings, record: Record, track: Track, first_seed: int) -> None:
+    dataset = data.load(settings.data)
+    schedule = Schedule(settings.steps, settings.interval, grid.batch_size)
+
+    def train(stage: str, program: Mapping, runs: list[dict], conclude=None) -> Sequence[Mapping]:
+        task = grid.task(settings, **program)
+        if not record.is_done(stage):
+            further = {} if conclude is None else {"conclude": _concluding(program, task, stage, runs, conclude)}
+            train_grid(record, stage, task, schedule, runs, dataset, track, **further)
+        return [row for row in record.rows() if row.get("stage") == stage]
+
+    chosen = None if grid.search is None else search(grid, train)
+    for program in results.programs_of(grid):
+        runs = runs_of(grid.runs, settings.seeds, first_seed)
+        runs = runs if chosen is None else with_chosen(runs, chosen, program)
+        train(results.program_name(program), program, runs, grid.conclude)
+
+
+def _concluding(program, task, stage, every_run, conclude):
+    """The experiment's `conclude` as rows of the stage, one for each part of the grid."""
+
+    def rows(runs: list[dict], variables: dict, arrays: dict) -> list[dict]:
+        found = conclude(Trained(program, task, runs, variables, arrays))
+        concluded = {name: (list(further), np.asarray(jax.device_get(v))) for name, (further, v) in found.items()}
+        return [{"stage": stage, "first": every_run.index(runs[0]), "concluded": concluded}] if concluded else []
+
+    return rows
+
+
+def plan(experiment: Experiment, name: str, preset: str, settings: Settings, directory: Path) -> Table:
+    """Run a pilot on seeds that are used for nothing else, and say how many seeds each claim needs.
+
+    Only the standard deviation of the effects is looked at.
+    """
+    record = open_record(directory, config_of(experiment, name, f"{preset}, pilot", settings))
+    console = Console()
+    if not record.finished:
+        with progress(console) as track:
+            measure(experiment, settings, record, track, first_seed=PILOT_SEED)
+        record.close()
+    if settings.seeds < 2:
+        raise UserError("a pilot needs two seeds at least, for a standard deviation")
+    found = results.results_of(experiment, record.rows())
+    rows = []
+    for claim in experiment.claims:
+        if claim.kind == "exact" or claim.over != "seed":
+            continue
+        effect = claim.effect(found)
+        cells = [axis for axis in effect.dims if axis != "seed"]
+        known = effect.stack(cell=cells).dropna("cell") if cells else effect
+        values = (np.log(known) if claim.ratio else known).mean("cell") if cells else known
+        values = np.exp(values) if claim.ratio and cells else values
+        needed = seeds_for(claim, values.values)
+        shown = str(needed) if needed <= MOST_SEEDS else f"{needed}: more than {MOST_SEEDS}"
+        rows.append([claim.sentence, f"{float(np.std(values.values, ddof=1)):.2g}", shown])
+    columns = ["claim", "standard deviation", "seeds"]
+    table = Table(f"Seeds that {name} needs, by a pilot of {settings.seeds} seeds", columns, rows)
+    show_tables(console, [table])
+    return table

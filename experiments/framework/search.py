@@ -1,0 +1,67 @@
+"""Choosing a rate (or another number of a run) on validation, by the same search for every arm."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+
+import numpy as np
+import xarray as xr
+
+from experiments.framework.experiment import Grid, Search
+from experiments.framework.results import program_name, programs_of, stage_results
+
+FIRST_SEED = 10_000  # seeds of a search; those of the result count from 0
+
+Train = Callable[[str, dict, list[dict]], Sequence[Mapping]]  # train(stage, program, runs) -> rows of the stage
+
+
+def search(grid: Grid, train: Train) -> xr.DataArray:
+    """The value that each program takes in each cell of the runs' axes: [programs' axes, runs' axes].
+
+    A value that was added is tried by all programs in all cells, so that every arm has the same number of trials.
+    """
+    wanted = grid.search
+    tried = wanted.values
+    scores = _scores(grid, wanted, tried, 0, train)
+    for number in range(1, wanted.extensions + 1):
+        best = scores.argmax(wanted.axis)
+        more = _beyond(tried, bool((best == 0).any()), bool((best == len(tried) - 1).any()))
+        if not more:
+            break
+        scores = xr.concat([scores, _scores(grid, wanted, more, number, train)], wanted.axis).sortby(wanted.axis)
+        tried = tuple(scores[wanted.axis].values.tolist())
+    return scores.idxmax(wanted.axis).rename(wanted.axis)
+
+
+def _beyond(tried: Sequence[float], below: bool, above: bool) -> tuple[float, ...]:
+    """Values at the distance (as a factor) of the last two, at the ends that are asked for."""
+    lower = (_rounded(tried[0] * tried[0] / tried[1]),) if below else ()
+    return (*lower, *((_rounded(tried[-1] * tried[-1] / tried[-2]),) if above else ()))
+
+
+def _rounded(value):
+    return float(f"{value:.3g}")
+
+
+def _scores(grid: Grid, wanted: Search, values, number, train) -> xr.DataArray:
+    """Mean over seeds of the metric at the end, [programs' axes, runs' axes, tried values]; -inf where one diverged."""
+    axes = {**grid.runs, wanted.axis: values}
+    found = []
+    for program in programs_of(grid):
+        rows = train(f"search {number}: {program_name(program)}", program, runs_of(axes, wanted.seeds, FIRST_SEED))
+        metrics = stage_results(rows, tuple(axes))
+        finite = np.isfinite(metrics["loss"].isel(step=-1))
+        score = metrics[wanted.on].isel(step=-1).where(finite, -np.inf).mean("seed")
+        found.append(score.assign_coords(program).expand_dims(list(program)))
+    return xr.combine_by_coords([score.to_dataset(name="score") for score in found])["score"]
+
+
+def runs_of(axes: Mapping[str, Sequence[float]], seeds: int, first_seed: int = 0) -> list[dict]:
+    """Every combination of the axes for every seed, seed after seed."""
+    cells = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    return [{"seed": seed, **cell} for seed in range(first_seed, first_seed + seeds) for cell in cells]
+
+
+def with_chosen(runs: list[dict], chosen: xr.DataArray, program: Mapping) -> list[dict]:
+    """The runs of one program, each with the value that was chosen for its cell."""
+    own = chosen.sel(program)
+    return [{**run, str(chosen.name): float(own.sel({a: run[a] for a in own.dims}))} for run in runs]
