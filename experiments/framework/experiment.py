@@ -29,7 +29,7 @@ class Settings:
     interval: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Search:
     """The same search for every arm: the value of one axis that is best on validation, then fresh seeds for the result.
 

@@ -27,7 +27,7 @@ from experiments.training.loop import Schedule
 
 PILOT_SEED = 20_000  # seeds of a pilot; its results are thrown away
 
-Track = Callable[[str, int, int], None]  # label, units done, units in all
+Track = Callable[[str, int, int], None]
 
 
 def run_experiment(experiment: Experiment, name: str, preset: str, settings: Settings, directory: Path) -> None:

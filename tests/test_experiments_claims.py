@@ -1,0 +1,90 @@
+"""What fixes a claim before a run: its hash changes with the meaning, not with the layout."""
+
+import dataclasses
+
+import pytest
+
+from experiments.framework import registry
+from experiments.framework.claim import Claim, Compared, fingerprint, source_of
+
+WORDS = {"measures": "m", "unit": "u"}
+
+
+def helper(r):
+    return r.v
+
+
+def other_helper(r):
+    return r.w
+
+
+def effect(r):
+    """A docstring."""
+    return helper(r)
+
+
+def claim(**changes):
+    fields = {"sentence": "Claim.", "effect": lambda r: helper(r), "above": 0.5, **WORDS}
+    return Claim(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sentence": "Another."},
+        {"above": 0.6},
+        {"above": None, "below": 0.5},
+        {"unit": "other"},
+        {"ratio": True},
+        {"effect": lambda r: r.v + 1},
+        {"effect": lambda r: other_helper(r)},
+        {"effect": Compared(lambda r: r.v)},
+        {"effect": Compared(lambda r: r.v, "a", "b")},
+    ],
+)
+def test_every_part_of_a_claim_changes_the_hash(changes):
+    assert fingerprint([claim(**changes)]) != fingerprint([claim()])
+
+
+def test_the_hash_is_the_same_when_asked_again_and_in_another_layout():
+    one = claim(effect=lambda r: r.v.sel(a=1))
+    # fmt: off
+    two = claim(effect=lambda r: r.v.sel(
+        a=1,  # a comment
+    ))
+    # fmt: on
+    assert fingerprint([one]) == fingerprint([one]) == fingerprint([two])
+
+
+def test_functions_that_an_effect_calls_are_part_of_its_source():
+    assert any("r.v" in source for source in source_of(effect))
+    assert any("r.w" in source for source in source_of(Compared(lambda r: other_helper(r))))
+
+
+def test_two_lambdas_on_one_line_are_told_apart():
+    first, second = (lambda r: r.a), (lambda r: r.b)
+    assert source_of(first) != source_of(second)
+
+
+@pytest.mark.parametrize("name", registry.EXPERIMENTS)
+def test_every_experiment_is_whole(name):
+    experiment = registry.load(name)
+    assert {"smoke", "cpu", "full"} <= set(experiment.settings)
+    assert experiment.title.endswith(".")
+    assert experiment.question.endswith("?")
+    assert experiment.source
+    assert experiment.claims
+    assert experiment.tables
+    assert experiment.grid is not None or experiment.stages is not None
+    assert fingerprint(experiment.claims) == fingerprint(experiment.claims)
+    for one in experiment.claims:
+        assert one.sentence.endswith(".")
+        assert "supported if" in one.criterion
+
+
+@pytest.mark.parametrize("name", registry.EXPERIMENTS)
+def test_every_claim_of_an_experiment_is_fixed_by_itself(name):
+    claims = list(registry.load(name).claims)
+    for number, one in enumerate(claims):
+        changed = [*claims[:number], dataclasses.replace(one, unit=one.unit + "!"), *claims[number + 1 :]]
+        assert fingerprint(changed) != fingerprint(claims)
