@@ -29,7 +29,9 @@ import numpy as np
 import optax
 
 import jaxbn
+from experiments.framework import grid as grids
 from experiments.framework import plots
+from experiments.framework.display import Track
 from experiments.framework.record import Record
 from experiments.framework.tables import Table, spread
 from experiments.framework.verdict import Verdict, verdict
@@ -92,7 +94,7 @@ def grid(settings: dict) -> list[dict]:
     ]
 
 
-def run(settings: dict, record: Record, track: loop.Track) -> None:
+def run(settings: dict, record: Record, track: Track) -> None:
     """Train the four grids and measure the cost of a step."""
     dataset = data.load(settings["data"])
     schedule = loop.Schedule(settings["steps"], settings["interval"], BATCH_SIZE)
@@ -103,7 +105,7 @@ def run(settings: dict, record: Record, track: loop.Track) -> None:
         now = task(activation, arm)
         conclude = partial(one_at_a_time, now) if (activation, arm) == LESSON else lambda *_: []
         stage = f"{activation}, {arm}"
-        loop.train_grid(record, stage, now, schedule, grid(settings), dataset, track, conclude)
+        grids.train_grid(record, stage, now, schedule, grid(settings), dataset, track, conclude)
     if not record.is_done("cost"):
         record.finish("cost", [{"kind": "cost", **step_costs(settings, schedule, dataset)}])
 
@@ -148,7 +150,7 @@ class Cells:
     """The measured curves, by cell: `accuracy(...)` is [seeds, points]."""
 
     def __init__(self, rows: list[dict]):
-        self.stages = {(a, arm): loop.curves(rows, f"{a}, {arm}") for a in ACTIVATIONS for arm in ARMS}
+        self.stages = {(a, arm): grids.curves(rows, f"{a}, {arm}") for a in ACTIVATIONS for arm in ARMS}
         self.steps = next(iter(self.stages.values())).steps
 
     def accuracy(self, activation: str, arm: str, rate: float, deviation: float) -> np.ndarray:

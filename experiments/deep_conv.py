@@ -27,7 +27,9 @@ from pathlib import Path
 import optax
 
 import jaxbn
+from experiments.framework import grid as grids
 from experiments.framework import plots
+from experiments.framework.display import Track
 from experiments.framework.record import Record
 from experiments.framework.tables import Table, spread
 from experiments.framework.verdict import Verdict, verdict
@@ -64,7 +66,7 @@ def task(arm: str, depth: int, loss: str) -> loop.Task:
     )
 
 
-def run(settings: dict, record: Record, track: loop.Track) -> None:
+def run(settings: dict, record: Record, track: Track) -> None:
     """Train both arms."""
     dataset = data.load(settings["data"])
     runs = [{"seed": seed} for seed in range(settings["seeds"])]
@@ -73,12 +75,12 @@ def run(settings: dict, record: Record, track: loop.Track) -> None:
     schedule = loop.Schedule(settings["steps"], settings["interval"], BATCH_SIZE)
     for arm in ARMS:
         trained = task(arm, settings["depth"], settings["loss"])
-        loop.train_grid(record, arm, trained, schedule, runs, dataset, track)
+        grids.train_grid(record, arm, trained, schedule, runs, dataset, track)
 
 
 def judge(settings: dict, rows: list[dict]) -> list[Verdict]:
     """The gain, and how far batch norm gets."""
-    plain, normalized = (loop.curves(rows, arm).accuracy[:, -1] for arm in ARMS)
+    plain, normalized = (grids.curves(rows, arm).accuracy[:, -1] for arm in ARMS)
     found = (
         f"Final test accuracy {normalized.mean():.3f} with batch norm, {plain.mean():.3f} plain"
         f" ({settings['loss']} loss)."
@@ -107,10 +109,10 @@ def tabulate(settings: dict, rows: list[dict]) -> list[Table]:
     """Ours beside the published figures."""
     body = []
     for arm in ARMS:
-        found = loop.curves(rows, arm)
+        found = grids.curves(rows, arm)
         halfway = found.accuracy[:, len(found.steps) // 2 - 1]
         body.append([arm, spread(halfway), spread(found.accuracy[:, -1]), f"{PUBLISHED[arm]:.3f}"])
-    steps = loop.curves(rows, ARMS[0]).steps
+    steps = grids.curves(rows, ARMS[0]).steps
     return [
         Table(
             f"Test accuracy of {settings['depth']} convolutions and 2 dense layers, {settings['loss']} loss",
@@ -131,7 +133,7 @@ def draw(settings: dict, rows: list[dict], directory: Path) -> list[plots.Pictur
         size=(5, 3.6),
     )
     for arm in ARMS:
-        found = loop.curves(rows, arm)
+        found = grids.curves(rows, arm)
         style = {"label": arm, "color": plots.COLORS[arm]}
         plots.band(axes[0, 0], found.steps, found.accuracy, **style)
         plots.band(axes[0, 1], found.steps, found.loss, **style)

@@ -1,6 +1,6 @@
 """What a user sees while an experiment runs and when it is done."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -8,7 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.framework.tables import Table, to_rich
 from experiments.framework.verdict import INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict, effect_in_words
-from experiments.training.loop import Track
+
+Track = Callable[[str, int, int], None]  # label, units done, units in all
 
 STYLES = {SUPPORTED: "bold green", NOT_SUPPORTED: "bold red", INCONCLUSIVE: "bold yellow"}
 
