@@ -7,7 +7,7 @@ import pytest
 
 import jaxbn
 from experiments.errors import UserError
-from experiments.framework import checkpoint
+from experiments.framework import checkpoint, grid
 from experiments.framework.record import open_record
 from experiments.training import data, loop, models
 
@@ -45,7 +45,7 @@ def train(directory, schedule, runs=RUNS, the_task=TASK, track=lambda *_: None):
         return [{"concluded": len(runs)}]
 
     record = open_record(directory, CONFIG)
-    loop.train_grid(record, "stage", the_task, schedule, runs, dataset(), track, conclude)
+    grid.train_grid(record, "stage", the_task, schedule, runs, dataset(), track, conclude)
     return record.rows(), trained
 
 
@@ -100,7 +100,7 @@ def by_hand(run, steps):
 @pytest.mark.parametrize("mapped", [False, True])
 def test_a_grid_is_its_networks_trained_one_by_one(tmp_path, mapped):
     rows, (trained,) = train(tmp_path / "run", SCHEDULE._replace(mapped=mapped))
-    curves = loop.curves(rows, "stage")
+    curves = grid.curves(rows, "stage")
     for number, run in enumerate(RUNS):
         losses, state = by_hand(run, SCHEDULE.steps)
         # Twelve float32 steps in two orders of summation, at rates that amplify: 1e-3 is far below the effect of a
@@ -132,7 +132,7 @@ def test_a_task_trains_on_its_own_loss(tmp_path):
     rows, _ = train(
         tmp_path / "run", SCHEDULE, the_task=TASK._replace(loss=lambda logits, labels: logits.sum() * 0 + 7)
     )
-    np.testing.assert_array_equal(loop.curves(rows, "stage").loss, 7)
+    np.testing.assert_array_equal(grid.curves(rows, "stage").loss, 7)
 
 
 def test_parts_are_few_of_equal_size_and_cut_between_seeds():
@@ -151,7 +151,7 @@ def test_a_grid_that_is_not_sorted_into_seeds_of_equal_size_is_refused(runs):
 def test_a_grid_in_parts_is_the_grid_at_once(tmp_path):
     whole, _ = train(tmp_path / "whole", SCHEDULE)
     parted, trained = train(tmp_path / "parted", SCHEDULE._replace(runs_at_once=4))
-    whole, parted = loop.curves(whole, "stage"), loop.curves(parted, "stage")
+    whole, parted = grid.curves(whole, "stage"), grid.curves(parted, "stage")
     np.testing.assert_allclose(parted.loss, whole.loss, rtol=1e-3)
     assert [len(part["batch_stats"][0]["mean"]) for part in trained] == [4, 2]
 
@@ -233,7 +233,22 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
 def test_a_run_that_diverges_is_recorded_and_leaves_the_others_alone(tmp_path):
     runs = [{"seed": 0, "rate": 0.1}, {"seed": 0, "rate": float("inf")}]
     rows, _ = train(tmp_path / "run", SCHEDULE, runs)
-    loss = loop.curves(rows, "stage").loss
+    loss = grid.curves(rows, "stage").loss
     assert np.isfinite(loss[0]).all()
     assert np.isnan(loss[1, -1])
-    assert 0 <= loop.curves(rows, "stage").accuracy[1, -1] <= 1
+    assert 0 <= grid.curves(rows, "stage").accuracy[1, -1] <= 1
+
+
+def test_curves_hold_every_metric_that_was_recorded():
+    runs = [{"seed": 0}, {"seed": 1}]
+    rows = [
+        {"stage": "other", "first": 0, "step": 5, "loss": [9.0, 9.0]},
+        {"stage": "stage", "runs": runs},
+        {"stage": "stage", "first": 1, "step": 5, "loss": [2.0], "validation_accuracy": [0.2]},
+        {"stage": "stage", "first": 0, "step": 5, "loss": [1.0], "validation_accuracy": [0.1]},
+    ]
+    found = grid.curves(rows, "stage")
+    assert found.runs == runs
+    np.testing.assert_array_equal(found.steps, [5])
+    np.testing.assert_array_equal(found.metrics["validation_accuracy"], [[0.1], [0.2]])
+    np.testing.assert_array_equal(found.loss, [[1.0], [2.0]])

@@ -96,7 +96,9 @@ class Claim:
             object.__setattr__(self, "ratio", True)
 
         if self.ratio and self.threshold <= 0:
-            raise ValueError(f"{self.sentence!r} is about a ratio; its threshold of {self.threshold:g} is not positive.")
+            raise ValueError(
+                f"{self.sentence!r} is about a ratio; its threshold of {self.threshold:g} is not positive."
+            )
 
     @property
     def kind(self) -> str:

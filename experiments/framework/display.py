@@ -1,12 +1,12 @@
 """What a user sees while an experiment runs and when it is done."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from experiments.training.loop import Track
+Track = Callable[[str, int, int], None]  # label, units done, units in all
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Running one experiment from its settings to its pictures."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -11,7 +11,7 @@ from rich.console import Console
 from experiments.errors import UserError
 from experiments.framework import results
 from experiments.framework.claim import fingerprint
-from experiments.framework.display import progress
+from experiments.framework.display import Track, progress
 from experiments.framework.experiment import Experiment, Grid, Settings, Trained
 from experiments.framework.grid import train_grid
 from experiments.framework.pictures import save
@@ -26,8 +26,6 @@ from experiments.training import data
 from experiments.training.loop import Schedule
 
 PILOT_SEED = 20_000  # seeds of a pilot; its results are thrown away
-
-Track = Callable[[str, int, int], None]
 
 
 def run_experiment(experiment: Experiment, name: str, preset: str, settings: Settings, directory: Path) -> None:
