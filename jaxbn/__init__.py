@@ -1,6 +1,7 @@
 """Batch normalization for JAX: exact statistics, explicit state, any number of devices."""
 
 from jaxbn._batch_norm import batch_norm
+from jaxbn._factory import normalizer_factory
 from jaxbn._fold import Following, Preceding, fold_following, fold_preceding, fold_variables, unfold, unfold_variables
 from jaxbn._moments import Moments, merge_moments, moments
 from jaxbn._normalize import batch_normalize, normalize
@@ -16,6 +17,7 @@ from jaxbn.variants import (
     batch_renorm,
     conditional_batch_norm,
     filter_response_norm,
+    frozen,
     ghost_batch_norm,
     group_norm,
     instance_norm,
@@ -24,6 +26,7 @@ from jaxbn.variants import (
     layer_norm,
     mean_only_batch_norm,
     newton_inverse_square_root,
+    noisy,
     paper_d_max,
     paper_r_max,
     path_mask,
@@ -40,12 +43,11 @@ from jaxbn.variants import (
     weight_norm_split,
     whitening_norm,
 )
-from jaxbn.variants import _frozen as frozen
-from jaxbn.variants import _noisy as noisy
 
 __all__ = [
     # The type that every variant fits
     "Normalizer",
+    "normalizer_factory",
     # Statistics of the batch
     "batch_norm",
     "batch_renorm",

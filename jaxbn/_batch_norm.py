@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._axis_group import AxisGroup, axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import (
     Initializer,
     affine_of,
@@ -29,6 +30,7 @@ _SEVERAL = (
 )
 
 
+@normalizer_factory
 def batch_norm(
     *,
     decay: float | None = 0.99,

@@ -1,27 +1,84 @@
 """The one type that every variant fits."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 
+from jaxbn._factory import Made, normalizer_factory
 
-class Normalizer(NamedTuple):
+Variables = dict[str, Any]
+
+
+class Init(Protocol):
+    """init(key, x) -> {"params": {...}, "batch_stats": {...}}."""
+
+    def __call__(self, key: jax.Array, x: jax.Array | jax.ShapeDtypeStruct) -> Variables:
+        """Make variables.
+
+        Args:
+          key: random key.
+          x: an array or a `jax.ShapeDtypeStruct`: only its shape and dtype count.
+        """
+        ...
+
+
+class Apply(Protocol):
+    """apply(variables, x, *, train, where=None, weights=None, rng=None, ...) -> (y, batch_stats)."""
+
+    def __call__(
+        self,
+        variables: Any,
+        x: jax.Array,
+        *,
+        train: bool,
+        where: jax.Array | None = None,
+        weights: jax.Array | None = None,
+        rng: jax.Array | None = None,
+        **extra: Any,
+    ) -> tuple[jax.Array, dict[str, Any]]:
+        """Normalize x.
+
+        Args:
+          variables: what `init` made, or what training made of it.
+          x: the array.
+          train: normalize by the batch and move the statistics, or normalize by the running statistics and return
+            them as they came. A Python bool.
+          where: boolean, broadcastable to x: True counts in the statistics.
+          weights: real, broadcastable to x: how much each value counts.
+          rng: random key, for variants that draw.
+          **extra: what a variant takes beyond that, such as `residual`, `condition` or `step`.
+
+        Returns:
+          y of x's shape, and batch_stats of the structure, shapes and dtypes of those given.
+        """
+        ...
+
+
+class _Functions(NamedTuple):
+    init: Init
+    apply: Apply
+
+
+@jax.tree_util.register_static
+class Normalizer(Made, _Functions):
     """A normalization as two pure functions; hyperparameters are closed over, state is passed and returned.
 
+    Two made with equal hyperparameters are equal and hash alike. In a pytree a normalizer is static: it has no leaves.
+
     Attributes:
-      init: init(key, x) -> {"params": {...}, "batch_stats": {...}}. x is an array or a `jax.ShapeDtypeStruct`: only its
-        shape and dtype count.
-      apply: apply(variables, x, *, train, where=None, weights=None, rng=None) -> (y, batch_stats). `train` is a Python
-        bool: True normalizes by the batch and returns moved statistics, False normalizes by the running
-        statistics and returns them as they came. Same structure, shapes and dtypes either way. Variants
-        may take further keyword arguments, such as `residual`, `condition` or `step`.
+      init: init(key, x) -> {"params": {...}, "batch_stats": {...}}; see `Init`.
+      apply: apply(variables, x, *, train, where=None, weights=None, rng=None) -> (y, batch_stats); see `Apply`.
     """
 
-    init: Callable[..., dict]
-    apply: Callable[..., tuple[jax.Array, dict]]
+    def __new__(
+        cls, init: Callable[..., Variables], apply: Callable[..., tuple[jax.Array, dict[str, Any]]]
+    ) -> "Normalizer":
+        """Put two functions together; each takes the arguments of its protocol, and those it names itself."""
+        return super().__new__(cls, cast(Init, init), cast(Apply, apply))
 
 
+@normalizer_factory
 def identity(*, activation: Callable[[jax.Array], jax.Array] | None = None) -> Normalizer:
     """No normalization, no parameters, no statistics: y = activation(x + residual), the plain arm of a comparison."""
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axis_group import AxisGroup, axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import reduced_axes
 from jaxbn._layers import leaves_by_path, replace_layers
 from jaxbn._moments import Measured, Moments, combined_weights, inexact, measure
@@ -105,6 +106,7 @@ def running_normalizer(
     return Normalizer(norm.init, apply)
 
 
+@normalizer_factory
 def recordable(
     norm: Normalizer,
     *,

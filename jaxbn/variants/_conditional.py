@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._batch_norm import batch_norm
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import Activation, Initializer, feature_shape, reduced_axes, scale_shift, stats_dtype
 from jaxbn._moments import inexact
 from jaxbn._normalizer import Normalizer
 
 
+@normalizer_factory(options_of=batch_norm)
 def conditional_batch_norm(
     num_classes: int | None = None,
     *,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._axis_group import axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -25,6 +26,7 @@ _NAMES = ("scale", "bias", "threshold", "epsilon")
 _SMALL = jax.nn.initializers.constant(1e-4)
 
 
+@normalizer_factory
 def filter_response_norm(
     *,
     epsilon: float = 1e-6,

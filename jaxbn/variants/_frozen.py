@@ -7,11 +7,13 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxbn._factory import normalizer_factory
 from jaxbn._normalizer import Normalizer
 
 PathFilter = str | Callable[[str], bool]
 
 
+@normalizer_factory
 def frozen(norm: Normalizer, *, freeze_params: bool = False) -> Normalizer:
     """A normalizer that stays at its running statistics: `train=True` computes what `train=False` does.
 

@@ -3,9 +3,11 @@
 from typing import Any
 
 from jaxbn._batch_norm import batch_norm
+from jaxbn._factory import normalizer_factory
 from jaxbn._normalizer import Normalizer
 
 
+@normalizer_factory(options_of=batch_norm)
 def ghost_batch_norm(group_size: int = 128, **options: Any) -> Normalizer:
     """Ghost batch normalization (Hoffer, Hubara and Soudry 2017, algorithm 1): normalize each group of examples alone.
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._axis_group import axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -23,6 +24,7 @@ from jaxbn._normalize import batch_normalize, checked_epsilon
 from jaxbn._normalizer import Normalizer
 
 
+@normalizer_factory
 def group_norm(
     num_groups: int | None = 32,
     *,

@@ -9,9 +9,13 @@ from jax import lax
 def inverse_square_root(matrix: jax.Array) -> jax.Array:
     """matrix**-1/2 by eigenvalues.
 
-    The derivative of eigenvectors divides by gaps between eigenvalues; that of the inverse root does not, for it solves
-    dR R + R dR = -R**2 dM R**2, whose solution divides by sums of roots. All derivatives are taken from this equation,
-    of any order.
+    With matrix = U diag(s**2) U^T the derivative in a symmetric direction dM is
+
+        -U ((U^T dM U) / (s_i s_j (s_i + s_j))) U^T
+
+    The derivative of the eigenvectors would divide by the gaps between eigenvalues; this divides by sums. In the
+    eigenbasis each entry is divided by its own roots, so that a tiny eigenvalue, as of linearly dependent features,
+    spreads no rounding error to the others.
 
     Args:
       matrix: [..., d, d], symmetric and positive definite, float32 or float64.
@@ -26,17 +30,51 @@ def inverse_square_root(matrix: jax.Array) -> jax.Array:
 @inverse_square_root.defjvp
 def _inverse_square_root_jvp(primals, tangents):
     (matrix,), (tangent,) = primals, tangents
-    root = inverse_square_root(matrix)
-    inverse = _dot(root, root)
-    # The solver is not differentiated: JAX derives further derivatives from the equation that it solves.
+    return inverse_square_root(matrix), _derivative(matrix, (tangent + _transposed(tangent)) / 2)
+
+
+@jax.custom_jvp
+def _derivative(matrix, direction):
+    """Derivative of the inverse root R in a symmetric direction, linear in the direction."""
+    roots, vectors = _eigen(matrix)
+    across, along = roots[..., :, None], roots[..., None, :]
+    return -_turned_back(_turned(direction, vectors) / (across * along * (across + along)), vectors)
+
+
+# R matrix R = I, differentiated once in each direction, with S = R**-1 the root:
+#   S d + d S = -R dM R                                            for d, the derivative in the direction dM
+#   S D + D S = -(r dM R + R dM r) - (ds d + d ds)                 for D, the derivative of d in another direction,
+# where r and ds = -S r S are the derivatives of R and S in that one.
+@_derivative.defjvp
+def _second_derivative(primals, tangents):
+    matrix, direction = primals
+    other, change = tangents
+    inverse, root = inverse_square_root(matrix), _root(matrix)
+    first = _derivative(matrix, direction)
+    other_first = _derivative(matrix, other)
+    other_root = -_dot(_dot(root, other_first), root)
+    right = _dot(_dot(other_first, direction), inverse) + _dot(other_root, first)
+    second = _solve(matrix, -(right + _transposed(right)))
+    return first, _derivative(matrix, change) + second
+
+
+def _solve(matrix, b):
+    """D with S D + D S = b, for S the root of the matrix; derivatives of any order come from this equation."""
+    root = _root(matrix)
     roots, vectors = _eigen(lax.stop_gradient(matrix))
-    symmetric = (tangent + _transposed(tangent)) / 2
-    return root, lax.custom_linear_solve(
+    sums = roots[..., :, None] + roots[..., None, :]
+    return lax.custom_linear_solve(
         lambda d: _dot(d, root) + _dot(root, d),
-        -_dot(_dot(inverse, symmetric), inverse),
-        lambda _, b: _solve(b, 1 / roots, vectors),
+        b,
+        lambda _, b: _turned_back(_turned(b, vectors) / sums, vectors),
         symmetric=True,
     )
+
+
+def _root(matrix):
+    """S = matrix R, made symmetric."""
+    root = _dot(matrix, inverse_square_root(matrix))
+    return (root + _transposed(root)) / 2
 
 
 def newton_inverse_square_root(matrix: jax.Array, *, steps: int = 5) -> jax.Array:
@@ -70,10 +108,13 @@ def _eigen(matrix):
     return jnp.sqrt(jnp.maximum(values, least)), vectors
 
 
-def _solve(b, roots, vectors):
-    """X with X R + R X = b, for R = vectors diag(roots) vectors^T."""
-    turned = _dot(_dot(_transposed(vectors), b), vectors) / (roots[..., :, None] + roots[..., None, :])
-    return _dot(_dot(vectors, turned), _transposed(vectors))
+def _turned(matrix, vectors):
+    """The matrix in the basis of the eigenvectors."""
+    return _dot(_dot(_transposed(vectors), matrix), vectors)
+
+
+def _turned_back(matrix, vectors):
+    return _dot(_dot(vectors, matrix), _transposed(vectors))
 
 
 def _compose(values, vectors):

@@ -6,13 +6,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn._factory import Made, normalizer_factory
 from jaxbn._features import Initializer, stats_dtype
 from jaxbn._moments import inexact
 from jaxbn.variants._recurrent import recurrent_batch_norm
 
 
-class RecurrentCell(NamedTuple):
-    """A recurrent cell with running statistics, for `lax.scan`.
+class _Functions(NamedTuple):
+    init: Callable[..., dict]
+    initial_carry: Callable[..., "LSTMCarry"]
+    apply: Callable[..., tuple["LSTMCarry", jax.Array, dict]]
+
+
+@jax.tree_util.register_static
+class RecurrentCell(Made, _Functions):
+    """A recurrent cell with running statistics, for `lax.scan`; two made with equal hyperparameters are equal.
 
     Attributes:
       init: init(key, x) -> {"params", "batch_stats"}; x is [batch, inputs], an array or a ShapeDtypeStruct.
@@ -20,10 +28,6 @@ class RecurrentCell(NamedTuple):
       apply: apply(variables, carry, x, *, train, where=None) -> (carry, y, batch_stats). `where` is boolean [batch]:
         False marks padding, which neither counts in the statistics nor moves the carry.
     """
-
-    init: Callable[..., dict]
-    initial_carry: Callable[..., NamedTuple]
-    apply: Callable[..., tuple[NamedTuple, jax.Array, dict]]
 
 
 class LSTMCarry(NamedTuple):
@@ -34,6 +38,7 @@ class LSTMCarry(NamedTuple):
     step: jax.Array
 
 
+@normalizer_factory(options_of=recurrent_batch_norm)
 def batch_norm_lstm(
     features: int,
     max_length: int,

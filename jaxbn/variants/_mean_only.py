@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axis_group import AxisGroup, axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -28,6 +29,7 @@ from jaxbn._running import update_batch_stats
 from jaxbn.variants._root_mean_square import root_mean_square_normalize
 
 
+@normalizer_factory
 def mean_only_batch_norm(
     *,
     decay: float = 0.99,

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import Activation, feature_shape, reduced_axes
 from jaxbn._moments import at_least_float32
 from jaxbn._normalizer import Normalizer
 
 
+@normalizer_factory
 def noisy(
     norm: Normalizer,
     *,

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._batch_norm import batch_norm
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import Initializer
 from jaxbn._normalizer import Normalizer
 
 _TENTH = jax.nn.initializers.constant(0.1)
 
 
+@normalizer_factory(options_of=batch_norm)
 def recurrent_batch_norm(max_length: int, *, scale_init: Initializer = _TENTH, **options: Any) -> Normalizer:
     """Batch norm for recurrent networks (Cooijmans et al. 2016, section 3): statistics per time step.
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axis_group import axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -38,6 +39,7 @@ def paper_d_max(step: jax.Array) -> jax.Array:
     return 5 * jnp.clip((step - 5_000) / 20_000, 0, 1)
 
 
+@normalizer_factory
 def batch_renorm(
     *,
     r_max: Limit = paper_r_max,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axis_group import AxisGroup, axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -25,6 +26,7 @@ from jaxbn._normalizer import Normalizer
 _ROOM = 2.0**-10
 
 
+@normalizer_factory
 def rms_norm(
     *,
     axis: int | Sequence[int] = -1,

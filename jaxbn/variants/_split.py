@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._batch_norm import batch_norm
+from jaxbn._factory import normalizer_factory
 from jaxbn._moments import inexact
 from jaxbn._normalizer import Normalizer
 
 
+@normalizer_factory(options_of=batch_norm)
 def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **options: Any) -> Normalizer:
     """Split batch norm (AdvProp: Xie et al. 2020, section 4): one batch norm for each domain, as clean and adversarial.
 

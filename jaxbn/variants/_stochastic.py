@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axis_group import axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -26,6 +27,7 @@ from jaxbn._recording import running_normalizer
 from jaxbn._running import init_batch_stats, running_moments, update_batch_stats
 
 
+@normalizer_factory
 def stochastic_batch_norm(
     *,
     bank_size: int = 64,

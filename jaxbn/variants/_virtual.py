@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axis_group import axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -30,6 +31,7 @@ _NO_RECORD = (
 )
 
 
+@normalizer_factory
 def virtual_batch_norm(
     reference_size: int,
     *,

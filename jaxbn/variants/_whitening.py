@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axis_group import axis_group_of
+from jaxbn._factory import normalizer_factory
 from jaxbn._features import (
     Activation,
     Initializer,
@@ -29,6 +30,7 @@ from jaxbn.variants._inverse_root import inverse_square_root
 _NO_RECORD = "whitening_norm does not pool its covariances over microbatches: build the train step with pool=False."
 
 
+@normalizer_factory
 def whitening_norm(
     *,
     group_size: int | None = None,
