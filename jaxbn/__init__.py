@@ -1,117 +1,126 @@
-"""Batch normalization for JAX: exact statistics, explicit state, any number of devices."""
+"""Batch normalization for JAX: exact statistics, explicit state, any number of devices.
 
-from jaxbn._batch_norm import batch_norm
-from jaxbn._factory import normalizer_factory
-from jaxbn._fold import Following, Preceding, fold_following, fold_preceding, fold_variables, unfold, unfold_variables
-from jaxbn._moments import Moments, merge_moments, moments
-from jaxbn._normalize import batch_normalize, normalize
-from jaxbn._normalizer import Normalizer, identity
-from jaxbn._population import input_moments, population_statistics
-from jaxbn._recording import recordable
-from jaxbn._remat import dots_and_statistics_saveable
-from jaxbn._running import init_batch_stats, running_moments, update_batch_stats
-from jaxbn.variants import (
-    LSTMCarry,
-    RecurrentCell,
-    batch_norm_lstm,
-    batch_renorm,
-    conditional_batch_norm,
-    filter_response_norm,
-    frozen,
-    ghost_batch_norm,
-    group_norm,
-    instance_norm,
-    inverse_square_root,
-    keep_at,
-    layer_norm,
-    mean_only_batch_norm,
-    newton_inverse_square_root,
-    noisy,
-    paper_d_max,
-    paper_r_max,
-    path_mask,
-    penalty,
-    recurrent_batch_norm,
-    renormalize_after_step,
-    rms_norm,
-    split_batch_norm,
-    stochastic_batch_norm,
-    stop_gradient_at,
-    virtual_batch_norm,
-    weight_norm,
-    weight_norm_init,
-    weight_norm_split,
-    whitening_norm,
-)
+    norm = jaxbn.batch_norm(decay=0.99)
+    variables = norm.init(jax.random.key(0), x)
+    y, batch_stats = norm.apply(variables, x, train=True)
 
-__all__ = [
-    # The type that every variant fits
-    "Normalizer",
-    "normalizer_factory",
-    # Statistics of the batch
-    "batch_norm",
-    "batch_renorm",
-    "ghost_batch_norm",
-    "virtual_batch_norm",
-    "whitening_norm",
-    "conditional_batch_norm",
-    "split_batch_norm",
-    "stochastic_batch_norm",
-    "mean_only_batch_norm",
-    "recurrent_batch_norm",
-    # Statistics of each example
-    "layer_norm",
-    "instance_norm",
-    "group_norm",
-    "rms_norm",
-    "filter_response_norm",
-    # No statistics, and around a normalizer
-    "identity",
-    "noisy",
-    "frozen",
-    # Arguments of these
-    "paper_r_max",
-    "paper_d_max",
-    "inverse_square_root",
-    "newton_inverse_square_root",
-    # Fine-tuning by path
-    "path_mask",
-    "stop_gradient_at",
-    "keep_at",
-    # Recurrent networks
-    "batch_norm_lstm",
-    "RecurrentCell",
-    "LSTMCarry",
-    # Weight normalization
-    "weight_norm",
-    "weight_norm_split",
-    "weight_norm_init",
-    # What batch norm replaced
-    "penalty",
-    "renormalize_after_step",
-    # Measuring a batch
-    "Moments",
-    "moments",
-    "merge_moments",
-    # Normalization
-    "batch_normalize",
-    "normalize",
-    # What a checkpoint around a network keeps
-    "dots_and_statistics_saveable",
-    # Running statistics
-    "init_batch_stats",
-    "update_batch_stats",
-    "running_moments",
-    # Statistics of a data set, for a trained network
-    "population_statistics",
-    "input_moments",
-    "recordable",
-    # To and from the plain affine map
-    "fold_variables",
-    "fold_preceding",
-    "fold_following",
-    "Preceding",
-    "Following",
-    "unfold_variables",
-    "unfold",
-]
+The type that every normalizer has: Normalizer; for a factory of your own: normalizer_factory
+
+Normalizers
+  by statistics of the batch: batch_norm, batch_renorm, ghost_batch_norm, virtual_batch_norm, whitening_norm,
+    conditional_batch_norm, split_batch_norm, stochastic_batch_norm, mean_only_batch_norm, recurrent_batch_norm
+  by statistics of each example: layer_norm, instance_norm, group_norm, rms_norm, filter_response_norm
+  without statistics, and around a normalizer: identity, noisy, frozen
+  their arguments: paper_r_max, paper_d_max, inverse_square_root, newton_inverse_square_root
+
+Parts of batch norm
+  measuring: Moments, moments, merge_moments
+  normalizing: batch_normalize, normalize
+  running statistics: init_batch_stats, update_batch_stats, running_moments
+  what a checkpoint around a network keeps: dots_and_statistics_saveable
+
+A trained network
+  statistics of a data set: population_statistics, input_moments, recordable
+  folding into a neighbouring layer: fold_variables, fold_preceding, fold_following, Preceding, Following
+  inserting without an effect: unfold_variables, unfold
+  fine-tuning by path: path_mask, stop_gradient_at, keep_at
+
+Beside batch norm
+  recurrent networks: batch_norm_lstm, RecurrentCell, LSTMCarry
+  weight normalization: weight_norm, weight_norm_split, weight_norm_init
+  what batch norm replaced: penalty, renormalize_after_step
+
+Modules, imported when first used: jaxbn.linen and jaxbn.nnx (Flax layers), jaxbn.training (train steps),
+jaxbn.convert (torch, Keras, Haiku), jaxbn.diagnostics, jaxbn.testing (laws of a normalizer), jaxbn.variants.
+
+`help(jaxbn.batch_norm)` and the like give arguments, shapes, errors and sources.
+"""
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from jaxbn._batch_norm import batch_norm as batch_norm
+from jaxbn._factory import normalizer_factory as normalizer_factory
+from jaxbn._fold import Following as Following
+from jaxbn._fold import Preceding as Preceding
+from jaxbn._fold import fold_following as fold_following
+from jaxbn._fold import fold_preceding as fold_preceding
+from jaxbn._fold import fold_variables as fold_variables
+from jaxbn._fold import unfold as unfold
+from jaxbn._fold import unfold_variables as unfold_variables
+from jaxbn._moments import Moments as Moments
+from jaxbn._moments import merge_moments as merge_moments
+from jaxbn._moments import moments as moments
+from jaxbn._normalize import batch_normalize as batch_normalize
+from jaxbn._normalize import normalize as normalize
+from jaxbn._normalizer import Normalizer as Normalizer
+from jaxbn._normalizer import identity as identity
+from jaxbn._population import input_moments as input_moments
+from jaxbn._population import population_statistics as population_statistics
+from jaxbn._recording import recordable as recordable
+from jaxbn._remat import dots_and_statistics_saveable as dots_and_statistics_saveable
+from jaxbn._running import init_batch_stats as init_batch_stats
+from jaxbn._running import running_moments as running_moments
+from jaxbn._running import update_batch_stats as update_batch_stats
+from jaxbn.variants import LSTMCarry as LSTMCarry
+from jaxbn.variants import RecurrentCell as RecurrentCell
+from jaxbn.variants import batch_norm_lstm as batch_norm_lstm
+from jaxbn.variants import batch_renorm as batch_renorm
+from jaxbn.variants import conditional_batch_norm as conditional_batch_norm
+from jaxbn.variants import filter_response_norm as filter_response_norm
+from jaxbn.variants import frozen as frozen
+from jaxbn.variants import ghost_batch_norm as ghost_batch_norm
+from jaxbn.variants import group_norm as group_norm
+from jaxbn.variants import instance_norm as instance_norm
+from jaxbn.variants import inverse_square_root as inverse_square_root
+from jaxbn.variants import keep_at as keep_at
+from jaxbn.variants import layer_norm as layer_norm
+from jaxbn.variants import mean_only_batch_norm as mean_only_batch_norm
+from jaxbn.variants import newton_inverse_square_root as newton_inverse_square_root
+from jaxbn.variants import noisy as noisy
+from jaxbn.variants import paper_d_max as paper_d_max
+from jaxbn.variants import paper_r_max as paper_r_max
+from jaxbn.variants import path_mask as path_mask
+from jaxbn.variants import penalty as penalty
+from jaxbn.variants import recurrent_batch_norm as recurrent_batch_norm
+from jaxbn.variants import renormalize_after_step as renormalize_after_step
+from jaxbn.variants import rms_norm as rms_norm
+from jaxbn.variants import split_batch_norm as split_batch_norm
+from jaxbn.variants import stochastic_batch_norm as stochastic_batch_norm
+from jaxbn.variants import stop_gradient_at as stop_gradient_at
+from jaxbn.variants import virtual_batch_norm as virtual_batch_norm
+from jaxbn.variants import weight_norm as weight_norm
+from jaxbn.variants import weight_norm_init as weight_norm_init
+from jaxbn.variants import weight_norm_split as weight_norm_split
+from jaxbn.variants import whitening_norm as whitening_norm
+
+if TYPE_CHECKING:
+    from jaxbn import convert as convert
+    from jaxbn import diagnostics as diagnostics
+    from jaxbn import linen as linen
+    from jaxbn import nnx as nnx
+    from jaxbn import testing as testing
+    from jaxbn import training as training
+    from jaxbn import variants as variants
+
+    __version__: str
+
+# Names are exported as `X as X` and not by `__all__`, with which `help(jaxbn)` would print every docstring in full.
+_MODULES = ("convert", "diagnostics", "linen", "nnx", "testing", "training", "variants")
+
+
+def __getattr__(name: str) -> Any:
+    # Flax, optax and hypothesis take seconds to import, and not everybody needs them.
+    if name == "__version__":
+        return importlib.metadata.version("jaxbn")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'jaxbn' has no attribute {name!r}")
+    try:
+        return importlib.import_module(f"jaxbn.{name}")
+    except ImportError as error:  # An AttributeError, so that hasattr and help work where an extra is not installed.
+        raise AttributeError(f"jaxbn.{name} cannot be imported: {error}") from error
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, "__version__"})

@@ -17,6 +17,10 @@ Activation = Callable[[jax.Array], jax.Array]
 Shapes = dict[str, tuple[int, ...]]
 
 
+class SingleValueError(ValueError):
+    """Training on one value per feature: the variance is 0, and y the bias whatever x is."""
+
+
 class Affine(NamedTuple):
     """How scale and bias start; a field that is None stands for a parameter that is not used.
 
@@ -141,11 +145,11 @@ def check_several(
     remedy: str = "Normalize over more axes, or share statistics with axis_name.",
     group_size: int | None = None,
 ) -> None:
-    """ValueError where each feature sees a single value, in groups of examples if so, and y is the bias whatever x."""
+    """SingleValueError where each feature sees a single value, in groups of examples if so: y would be the bias."""
     values = size_of(x.shape, axes) if group_size is None else group_size * size_of(x.shape, axes[1:])
     if values * axis_group.size() == 1:
         groups = "" if group_size is None else f" in groups of {group_size}"
-        raise ValueError(
+        raise SingleValueError(
             f"x of shape {x.shape} has one value per feature over axes {axes}{groups}: its variance is 0 and y the bias"
             f" whatever x is. {remedy}"
         )

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._batch_norm import batch_norm
 from jaxbn._moments import canonical_axes
 from jaxbn._normalizer import Normalizer
 from jaxbn._running import init_batch_stats
+from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask
 
-# What is overridden while variables are initialized: outside of any named axis, and often from one example.
-_ALONE = dict.fromkeys(("axis_name", "axis_index_groups", "group_size", "pool_axis_name")) | {
+# Arguments while variables are initialized, which happens outside of any named axis and often on one example.
+_INITIALIZING = dict.fromkeys(("axis_name", "axis_index_groups", "group_size", "pool_axis_name")) | {
     "allow_single_value": True
 }
 
@@ -29,7 +29,7 @@ class BatchNorm(nn.BatchNorm):
       different numbers of values through. `use_fast_variance` and `force_float32_reductions` are accepted and change
       nothing.
     - A feature that saw nothing, or a batch that is not finite, leaves its running statistics alone.
-    - Training on one value per feature raises a ValueError; initializing with a batch of one does not.
+    - Training on one value per feature warns once in a process: y is the bias, whatever x is.
     - Running statistics are those of all groups of `axis_index_groups`, the same on every shard; Flax's differ.
     - Running statistics are as wide as x from the start: complex for complex x, float64 for float64 x.
 
@@ -57,7 +57,8 @@ class BatchNorm(nn.BatchNorm):
       debias: running averages that start at zero and are corrected when read, with a third variable "weight".
       activation: elementwise function applied last, fused into the backward pass.
       skip_nonfinite: a batch whose moments are not finite leaves the running statistics alone.
-      allow_single_value: train even where each feature sees one value only.
+      allow_single_value: what training on one value per feature does: None warns and goes on, as Flax's layer goes on;
+        True goes on in silence; False raises a ValueError.
     """
 
     group_size: int | None = None
@@ -66,7 +67,7 @@ class BatchNorm(nn.BatchNorm):
     debias: bool = False
     activation: Callable[[jax.Array], jax.Array] | None = None
     skip_nonfinite: bool = True
-    allow_single_value: bool = False
+    allow_single_value: bool | None = None
 
     @nn.compact
     def __call__(
@@ -107,10 +108,18 @@ class BatchNorm(nn.BatchNorm):
         if self.use_bias:
             params["bias"] = self.param("bias", self.bias_init, shape, self.param_dtype)
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
-        norm = batch_norm_of(self, dtype=dtype, **(_ALONE if self.is_initializing() else {}))
+        overrides = {"dtype": dtype} | (_INITIALIZING if self.is_initializing() else {})
         variables = {"params": params, "batch_stats": widened({n: v.value for n, v in stats.items()}, x.dtype)}
-        batch = dict(where=as_where(mask), weights=weights, residual=residual)
-        y, moved = norm.apply(variables, x, train=not use_running_average, **batch)
+        y, moved = apply_batch_norm(
+            self,
+            variables,
+            x,
+            train=not use_running_average,
+            overrides=overrides,
+            where=as_where(mask),
+            weights=weights,
+            residual=residual,
+        )
         if not (use_running_average or self.is_initializing()):
             for name, value in moved.items():
                 stats[name].value = value
@@ -178,41 +187,3 @@ class Norm(nn.Module):
             n: self.variable("batch_stats", n, lambda n=n: start()["batch_stats"][n]) for n in names["batch_stats"]
         }
         return params, stats
-
-
-def batch_norm_of(module: Any, **overrides: Any) -> Normalizer:
-    """The Normalizer that the fields of a `BatchNorm` module, linen's or nnx's, stand for."""
-    names = ("epsilon", "axis_name", "axis_index_groups", "group_size", "pool_axis_name", "unbiased", "debias")
-    names += ("use_scale", "use_bias", "activation", "skip_nonfinite", "allow_single_value")
-    fields = {name: getattr(module, name) for name in names}
-    return batch_norm(**{"decay": module.momentum, "feature_axis": module.axis} | fields | overrides)
-
-
-def floating(x: jax.typing.ArrayLike) -> jax.Array:
-    """X as an array, integers as floats: Flax promotes them, jaxbn's functions refuse them."""
-    x = jnp.asarray(x)
-    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def widened(batch_stats: dict[str, jax.Array], dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
-    """Running statistics that can hold those of an x of that dtype: float32 at least, a complex mean for complex x."""
-    mean = jnp.promote_types(dtype, jnp.float32)
-    real = jnp.finfo(mean).dtype
-    return {
-        name: jnp.asarray(value, jnp.promote_types(jnp.result_type(value), mean if name == "mean" else real))
-        for name, value in batch_stats.items()
-    }
-
-
-def as_where(mask: jax.typing.ArrayLike | None) -> jax.Array | None:
-    """Flax's mask, which may hold numbers, as the booleans that `where` wants."""
-    return None if mask is None else jnp.asarray(mask, bool)
-
-
-def with_mask(arguments: dict[str, Any], mask: jax.typing.ArrayLike | None) -> dict[str, Any]:
-    """Arguments with `mask` under the name `where`; ValueError where both came."""
-    if mask is None:
-        return arguments
-    if arguments.get("where") is not None:
-        raise ValueError("mask and where are two names for one argument; pass one of them.")
-    return arguments | {"where": as_where(mask)}

@@ -12,7 +12,7 @@ from flax.nnx.nn import dtypes
 
 from jaxbn._normalizer import Normalizer
 from jaxbn._running import init_batch_stats
-from jaxbn.linen import as_where, batch_norm_of, floating, widened, with_mask
+from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask
 
 Initializer = Callable[..., Any]
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -26,7 +26,7 @@ class BatchNorm(nnx.BatchNorm):
     - Statistics are exact and float32 at least: far from zero too, and pooled by count over shards whose masks let
       different numbers of values through. `use_fast_variance` is accepted and changes nothing.
     - A feature that saw nothing, or a batch that is not finite, leaves its running statistics alone.
-    - Training on one value per feature raises a ValueError.
+    - Training on one value per feature warns once in a process: y is the bias, whatever x is.
     - Running statistics are those of all groups of `axis_index_groups`, the same on every shard; Flax's differ.
     - Running statistics are never rounded to `dtype` before they normalize, and take complex x.
     - With several axes kept, `num_features` is the tuple of their sizes, in the order of x's axes.
@@ -58,7 +58,8 @@ class BatchNorm(nnx.BatchNorm):
       debias: running averages that start at zero and are corrected when read, with a third variable "weight".
       activation: elementwise function applied last, fused into the backward pass.
       skip_nonfinite: a batch whose moments are not finite leaves the running statistics alone.
-      allow_single_value: train even where each feature sees one value only.
+      allow_single_value: what training on one value per feature does: None warns and goes on, as Flax's layer goes on;
+        True goes on in silence; False raises a ValueError.
     """
 
     # Flax's constructor is not called: it knows a single kept axis and float averages only.
@@ -89,7 +90,7 @@ class BatchNorm(nnx.BatchNorm):
         debias: bool = False,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         skip_nonfinite: bool = True,
-        allow_single_value: bool = False,
+        allow_single_value: bool | None = None,
     ):
         shape = tuple(num_features) if isinstance(num_features, Sequence) else (num_features,)
         for name, value in init_batch_stats(shape, decay=momentum, debias=debias).items():
@@ -100,26 +101,31 @@ class BatchNorm(nnx.BatchNorm):
 
         self.scale = param(use_scale, scale_init, scale_metadata)
         self.bias = param(use_bias, bias_init, bias_metadata)
-        self.num_features = num_features
-        self.use_running_average = use_running_average
-        self.axis = axis
-        self.momentum = momentum
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
-        self.group_size = group_size
-        self.pool_axis_name = pool_axis_name
-        self.unbiased = unbiased
-        self.debias = debias
-        self.activation = activation
-        self.skip_nonfinite = skip_nonfinite
-        self.allow_single_value = allow_single_value
+        fields: dict[str, Any] = dict(
+            num_features=num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            group_size=group_size,
+            pool_axis_name=pool_axis_name,
+            unbiased=unbiased,
+            debias=debias,
+            activation=activation,
+            skip_nonfinite=skip_nonfinite,
+            allow_single_value=allow_single_value,
+        )
+        # Several of these have wider types than Flax's class declares for the attributes.
+        for name, value in fields.items():
+            setattr(self, name, value)
 
     def __call__(
         self,
@@ -149,9 +155,16 @@ class BatchNorm(nnx.BatchNorm):
         variables = {name: getattr(self, name) for name in ("mean", "var", "weight") if hasattr(self, name)}
         stats = {name: variable[...] for name, variable in variables.items()}
         x, params, dtype = self._promoted(x, stats)
-        batch = dict(where=as_where(mask), weights=weights, residual=residual)
-        state = {"params": params, "batch_stats": widened(stats, x.dtype)}
-        y, moved = batch_norm_of(self, dtype=dtype).apply(state, x, train=not use_running_average, **batch)
+        y, moved = apply_batch_norm(
+            self,
+            {"params": params, "batch_stats": widened(stats, x.dtype)},
+            x,
+            train=not use_running_average,
+            overrides={"dtype": dtype},
+            where=as_where(mask),
+            weights=weights,
+            residual=residual,
+        )
         if not use_running_average:
             jax.tree.map(_assign, variables, moved, is_leaf=_is_variable)
         return y
@@ -241,12 +254,13 @@ class Norm(nnx.Module):
 
 
 def _chosen(in_call: bool | None, in_module: bool | None) -> bool:
-    if in_call is None and in_module is None:
+    chosen = in_module if in_call is None else in_call
+    if chosen is None:
         raise ValueError(
             "use_running_average is None in the module and in the call; pass it to either, or call the model's train()"
             " or eval() first."
         )
-    return in_module if in_call is None else in_call
+    return chosen
 
 
 def _is_variable(node) -> bool:

@@ -49,8 +49,8 @@ def test_initialization_needs_no_bound_axis_no_whole_group_and_one_example_only(
     assert variables["params"]["scale"].shape == (FEATURES,)
 
 
-def test_training_on_one_value_per_feature_raises_with_the_remedy():
-    module = BatchNorm(use_running_average=False)
+def test_training_on_one_value_per_feature_raises_where_it_is_not_allowed():
+    module = BatchNorm(use_running_average=False, allow_single_value=False)
     variables = initialized(module, batch(1))
     with pytest.raises(ValueError, match=r"\(1, 3\) has one value per feature.*allow_single_value"):
         trained(module, variables, batch(1))

@@ -145,9 +145,9 @@ def test_narrow_inputs_are_what_the_backward_pass_keeps():
 # Refusals
 
 
-def test_training_on_one_value_per_feature_raises_with_the_remedy():
+def test_training_on_one_value_per_feature_raises_where_it_is_not_allowed():
     with pytest.raises(ValueError, match=r"\(1, 3\) has one value per feature.*allow_single_value"):
-        layer()(batch(1))
+        layer(allow_single_value=False)(batch(1))
 
 
 def test_training_on_one_value_per_feature_gives_the_bias_where_it_is_allowed():

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 from functools import partial
 
 import flax.linen
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn.linen
 import jaxbn.nnx
+from jaxbn import _shell
 
 SHELLS = {"linen": (jaxbn.linen.BatchNorm, flax.linen.BatchNorm), "nnx": (jaxbn.nnx.BatchNorm, flax.nnx.BatchNorm)}
 DEVICES = 8
@@ -227,6 +229,55 @@ def test_float64_agrees_with_flax_linen():
         assert_close(train(ours, x), train(theirs, x), level=1e-12)
         # Flax's averages start in float32: 0.99 is rounded to it in the first step.
         assert_close(ours.state, theirs.state, level=float(jnp.finfo(jnp.float32).eps))
+
+
+@pytest.fixture
+def nothing_warned(monkeypatch):
+    monkeypatch.setattr(_shell, "_warned", set())
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 1, 2)])
+@pytest.mark.parametrize("shell", SHELLS)
+def test_one_value_per_feature_trains_as_in_flax_and_warns_once(shell, shape, nothing_warned):
+    ours, theirs = pair(shell, inputs(shape=shape), **drawn)
+    with pytest.warns(RuntimeWarning, match=r"has one value per feature.*allow_single_value=False refuses"):
+        y = train(ours, inputs(shape=shape))
+    assert_close((y, ours.state), (train(theirs, inputs(shape=shape)), theirs.state))
+    # Another layer, traced anew: a second warning would be an error here.
+    again, _ = pair(shell, inputs(shape=shape), epsilon=0.1)
+    train(again, inputs(shape=shape))
+
+
+@pytest.mark.parametrize("scope", [{"group_size": 1}, {"group_size": 2, "axis_name": "data"}])
+def test_ghost_batches_of_one_value_warn_too(scope, nothing_warned):
+    layer = jaxbn.linen.BatchNorm(use_running_average=False, **scope)
+    x = inputs(shape=(2, 1, 3))
+    run = jax.vmap(lambda x: layer.init_with_output(jax.random.key(0), x), axis_name="data")
+    variables = jax.tree.map(lambda v: v[0], run(x)[1])
+    train = jax.vmap(lambda x: layer.apply(variables, x, mutable=["batch_stats"])[0], axis_name="data")
+    if scope["group_size"] == 2:
+        assert np.all(np.isfinite(train(x)))
+        return
+    with pytest.warns(RuntimeWarning, match="one value per feature"):
+        np.testing.assert_allclose(train(x), 0, atol=1e-6)
+
+
+def test_nnx_tabulates_a_model_on_one_example(nothing_warned):
+    class Model(flax.nnx.Module):
+        def __init__(self, norm):
+            rngs = flax.nnx.Rngs(0)
+            self.dense, self.norm = flax.nnx.Linear(4, 3, rngs=rngs), norm(3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.dense(x))
+
+    tables = []
+    for norm in SHELLS["nnx"]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            tables.append(flax.nnx.tabulate(Model(norm), jnp.ones((1, 4))))
+    assert "BatchNorm" in tables[0]
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize("source", [0, 1], ids=["ours to Flax", "Flax to ours"])

@@ -16,7 +16,7 @@ import jaxbn
 import jaxbn.linen
 import jaxbn.nnx
 from jaxbn._population import input_moments, population_statistics
-from jaxbn._recording import recordable
+from jaxbn._recording import recordable, start_record
 
 EPSILON = 1e-5
 UNEQUAL = [16, 32]  # Batches of 16, 16 and 32 examples: two compilations.
@@ -345,7 +345,7 @@ def test_a_cached_training_step_is_not_mistaken_for_a_measurement():
 
 def test_a_record_does_not_change_what_a_network_computes_in_training():
     variables, x = one_layer_variables(), normal(64, 3)
-    record = jaxbn.recording.start_record(variables["batch_stats"], by_running=False)
+    record = start_record(variables["batch_stats"], by_running=False)
     apply = jax.jit(partial(NORM.apply, train=True))
     np.testing.assert_array_equal(apply({**variables, "batch_stats": record}, x)[0], apply(variables, x)[0])
 
