@@ -7,9 +7,8 @@ import time
 
 import pytest
 
-from experiments import benefits, deep_conv
 from experiments.__main__ import main
-from experiments.framework import registry, report
+from experiments.framework import registry, report, run
 
 
 def one_line_of_error(capsys):
@@ -23,6 +22,20 @@ def listing(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A directory with a finished smoke run of the experiment of that name; each is run once a worker."""
+    finished = {}
+
+    def directory(name):
+        if name not in finished:
+            finished[name] = tmp_path_factory.mktemp("results") / name
+            assert main(["run", name, "--preset", "smoke", "--out", str(finished[name])]) == 0
+        return finished[name]
+
+    return directory
+
+
 @pytest.mark.parametrize("arguments", [[], ["list"]])
 def test_list_shows_every_experiment(capsys, arguments):
     assert main(arguments) == 0
@@ -33,17 +46,16 @@ def test_list_shows_every_experiment(capsys, arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "benefit"], "there is no experiment 'benefit'; choose one of: benefits, deep_conv"),
+        (["run", "benefit"], f"there is no experiment 'benefit'; choose one of: {', '.join(registry.EXPERIMENTS)}"),
         (["run", "benefits", "--preset", "tpu"], "no preset 'tpu'; choose one of: smoke, cpu, full"),
         (["run", "benefits", "--seeds", "0"], "--seeds '0' is not a number of seeds: give a whole number"),
         (["run", "benefits", "--seeds", "five"], "--seeds 'five' is not a number of seeds"),
         (["run", "benefits", "--seeds=-1"], "--seeds '-1' is not a number of seeds"),
         (["run", "benefits", "--data", "mnist6k"], "there is no data set 'mnist6k'; choose one of: mnist5k"),
-        (["run", "benefits", "--data", "fashion_mnist:nowhere"], "nowhere has no file train-images-idx3-ubyte"),
-        (
-            ["bench", "nothing"],
-            "no benchmark 'nothing'; choose one of: operation, steps, accuracy, memory, grid",
-        ),
+        (["run", "benefits", "--data", "fashion_mnist:nowhere"], "nowhere"),
+        (["run", "chain", "--data", "mnist5k"], "chain uses no data: leave out --data mnist5k"),
+        (["run", "placement", "--pilot", "--seeds", "1"], "a pilot needs two seeds at least"),
+        (["bench", "nothing"], f"no benchmark 'nothing'; choose one of: {', '.join(registry.BENCHMARKS)}"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_no_directory(capsys, tmp_path, monkeypatch, arguments, message):
@@ -53,71 +65,66 @@ def test_bad_input_is_one_line_and_makes_no_directory(capsys, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_experiment_without_data_refuses_the_option(capsys, monkeypatch):
-    monkeypatch.setattr(deep_conv, "PRESETS", {"cpu": {"seeds": 1}})
-    assert main(["run", "deep_conv", "--data", "mnist5k"]) != 0
-    assert "deep_conv uses no data" in one_line_of_error(capsys)
+@pytest.mark.parametrize("name", registry.EXPERIMENTS)
+def test_every_experiment_runs_and_judges_all_its_claims(smoke, name):
+    directory, experiment = smoke(name), registry.load(name)
+    summary = json.loads((directory / "summary.json").read_text())
+    assert [verdict["claim"] for verdict in summary["verdicts"]] == [claim.sentence for claim in experiment.claims]
+    assert len(summary["tables"]) == len(experiment.tables)
+    assert all(table["rows"] for table in summary["tables"])
+    assert len(summary["pictures"]) == len(experiment.pictures)
+    assert all((directory / picture["file"]).stat().st_size > 10_000 for picture in summary["pictures"])
+    assert not (directory / "checkpoints").exists()
 
 
-def test_benefits_runs_judges_and_draws_and_only_draws_the_second_time(capsys, tmp_path, monkeypatch):
-    command = ["run", "benefits", "--preset", "smoke", "--seeds", "2", "--out", str(tmp_path / "run")]
+def test_a_finished_run_is_judged_and_drawn_again_and_not_trained(smoke, capsys, monkeypatch):
+    directory = smoke("placement")
+    before = listing(directory)
+    monkeypatch.setattr(run, "measure", None)
+    assert main(["run", "placement", "--preset", "smoke", "--out", str(directory)]) == 0
+    assert "Largest relative difference" in capsys.readouterr().out
+    assert listing(directory) == before
+
+
+def test_a_directory_of_other_settings_is_refused_and_left_alone(smoke, capsys):
+    directory = smoke("placement")
+    before = listing(directory)
+    assert main(["run", "placement", "--preset", "smoke", "--seeds", "3", "--out", str(directory)]) != 0
+    assert "its seeds is 2, not 3" in one_line_of_error(capsys)
+    assert listing(directory) == before
+
+
+def test_the_report_shows_a_run(smoke):
+    text = report.write_report(smoke("placement").parent).read_text()
+    assert "## placement" in text
+    assert "| compared | 1 x 1 convolution and dense layer |" in text
+
+
+def test_a_pilot_says_how_many_seeds_each_claim_needs(capsys, tmp_path):
+    command = ["run", "deep_conv", "--preset", "smoke", "--pilot", "--out", str(tmp_path / "pilot")]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "Final test accuracy" in shown
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert len(summary["verdicts"]) == 7
-    assert len(summary["tables"][0]["rows"]) == 12
-    assert (tmp_path / "run" / "accuracy.png").stat().st_size > 10_000
-    assert not (tmp_path / "run" / "checkpoints").exists()
-
-    before = listing(tmp_path / "run")
-    monkeypatch.setattr(benefits, "run", None)
-    assert main(command) == 0
-    assert "Final test accuracy" in capsys.readouterr().out
-    assert listing(tmp_path / "run") == before
-
-    assert main([*command, "--seeds", "3"]) != 0
-    assert "its seeds is 2, not 3" in one_line_of_error(capsys)
-    assert listing(tmp_path / "run") == before
-
-
-def test_deep_conv_runs_and_the_report_shows_it(capsys, tmp_path):
-    assert main(["run", "deep_conv", "--preset", "smoke", "--out", str(tmp_path / "deep_conv")]) == 0
-    text = report.write_report(tmp_path).read_text()
-    assert "## deep_conv" in text
-    assert "| batch norm |" in text
-    assert "![" in text
+    assert "Seeds that deep_conv needs, by a pilot of 2 seeds" in shown
+    rows = [json.loads(line) for line in (tmp_path / "pilot" / "metrics.jsonl").read_text().splitlines()]
+    assert {run["seed"] for row in rows if "runs" in row for run in row["runs"]} == {20_000, 20_001}
 
 
 def test_a_report_of_nothing_says_how_to_make_results(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report.write_report, "__defaults__", (tmp_path,))
     assert main(["report"]) != 0
     assert "holds no finished run" in one_line_of_error(capsys)
 
 
 def test_ctrl_c_keeps_the_directory_and_says_how_to_continue(capsys, tmp_path, monkeypatch):
-    finished = benefits.run
-
-    def interrupted(settings, record, track):
+    def interrupted(experiment, settings, record, track):
         record.append([{"n": 1}])
         raise KeyboardInterrupt
 
-    command = ["run", "benefits", "--preset", "smoke", "--out", str(tmp_path / "run")]
-    monkeypatch.setattr(benefits, "run", interrupted)
+    command = ["run", "placement", "--preset", "smoke", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(run, "measure", interrupted)
     assert main(command) == 130
     assert f"continue with: python -m experiments {' '.join(command)}" in capsys.readouterr().err
-    monkeypatch.setattr(benefits, "run", finished)
     assert json.loads((tmp_path / "run" / "progress.json").read_text())["finished"] is False
-
-
-@pytest.mark.parametrize("name", ["benefits", "deep_conv"])
-def test_an_experiment_has_what_the_registry_asks_for(name):
-    module = registry.load(registry.EXPERIMENTS, name)
-    assert {"smoke", "cpu", "full"} <= set(module.PRESETS)
-    assert all("seeds" in settings for settings in module.PRESETS.values())
-    assert all(callable(getattr(module, part)) for part in ("run", "judge", "tabulate", "draw"))
-    assert module.SOURCE
 
 
 @pytest.mark.slow  # two whole smoke runs in processes of their own

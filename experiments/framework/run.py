@@ -118,14 +118,14 @@ def plan(experiment: Experiment, name: str, preset: str, settings: Settings, dir
 
     Only the standard deviation of the effects is looked at.
     """
+    if settings.seeds < 2:
+        raise UserError("a pilot needs two seeds at least, for a standard deviation")
     record = open_record(directory, config_of(experiment, name, f"{preset}, pilot", settings))
     console = Console()
     if not record.finished:
         with progress(console) as track:
             measure(experiment, settings, record, track, first_seed=PILOT_SEED)
         record.close()
-    if settings.seeds < 2:
-        raise UserError("a pilot needs two seeds at least, for a standard deviation")
     found = results.results_of(experiment, record.rows())
     rows = []
     for claim in experiment.claims:
