@@ -1,15 +1,22 @@
-"""The README's examples run as they stand, and its two commands are what continuous integration takes them for."""
+"""The READMEs: their examples run as they stand, their figures are those of the committed results, their links lead somewhere."""
 
 import doctest
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+import pytest
+
+from experiments.framework import report
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+READMES = [README, *sorted(ROOT.glob("jaxbn/**/README.md")), *sorted(ROOT.glob("experiments/**/README.md"))]
+names = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def test_examples_give_what_they_show():
-    result = doctest.testfile(str(README), module_relative=False, optionflags=doctest.ELLIPSIS)
-    assert result.attempted > 20
+@names
+def test_examples_give_what_they_show(readme):
+    result = doctest.testfile(str(readme), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
 
 
@@ -20,7 +27,27 @@ def test_the_first_two_shell_blocks_are_one_line_each():
     assert "pytest" in blocks[1]
 
 
-def test_every_file_that_the_readme_names_exists():
-    named = re.findall(r"\]\(((?!http)[^)#]+)\)", README.read_text())
-    assert named
-    assert not [name for name in named if not (README.parent / name).exists()]
+@names
+def test_every_file_that_is_named_exists(readme):
+    named = re.findall(r"\]\(((?!http)[^)#]+)", readme.read_text())
+    assert not [name for name in named if not (readme.parent / name).exists()]
+
+
+def test_the_top_page_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_what_was_found_is_what_the_committed_results_say(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text(README.read_text())
+    report.write_found(copy)
+    assert copy.read_text() == README.read_text(), "run `python -m experiments report`"
+
+
+def test_the_report_is_what_the_committed_results_say():
+    committed = report.RESULTS / report.REPORT
+    before = committed.read_text()
+    try:
+        assert report.write_report().read_text() == before, "run `python -m experiments report`"
+    finally:
+        committed.write_text(before)

@@ -8,10 +8,23 @@ from experiments.framework import record, registry
 from experiments.framework.claim import fingerprint
 from experiments.framework.experiment import Drawn, Experiment
 from experiments.framework.tables import Table, to_markdown
-from experiments.framework.verdict import Cell, Verdict, cell_in_words, effect_in_words, outcome_in_words
+from experiments.framework.verdict import (
+    IN_PART,
+    INCONCLUSIVE,
+    NOT_SUPPORTED,
+    SUPPORTED,
+    Cell,
+    Verdict,
+    cell_in_words,
+    effect_in_words,
+    outcome_in_words,
+)
 
 RESULTS = Path(__file__).parents[1] / "results"
 REPORT = "README.md"
+README = Path(__file__).parents[2] / "README.md"
+FOUND = "<!-- found: written by `python -m experiments report` -->", "<!-- /found -->"
+OUTCOMES = (SUPPORTED, IN_PART, NOT_SUPPORTED, INCONCLUSIVE)
 
 
 def write_summary(
@@ -42,18 +55,41 @@ def read_verdicts(directory: Path) -> list[Verdict]:
     return found
 
 
-def write_report(results: Path = RESULTS) -> Path:
-    """Build the report in `results` from the directories in it; UserError if there is no finished run among them."""
+def present_in(results: Path) -> list[str]:
+    """The directories of finished runs, in the order of the registry; UserError if there is none."""
     finished = {path.parent.name: experiment_of(path.parent) for path in results.glob("*/summary.json")}
-    present = sorted(finished, key=lambda name: (registry.EXPERIMENTS.index(finished[name]), name))
-    if not present:
+    if not finished:
         raise UserError(
             f"{results} holds no finished run: python -m experiments run NAME --out {results}/NAME makes one"
         )
+    return sorted(finished, key=lambda name: (registry.EXPERIMENTS.index(finished[name]), name))
+
+
+def write_report(results: Path = RESULTS) -> Path:
+    """Build the report in `results` from the directories in it; UserError if there is no finished run among them."""
+    present = present_in(results)
     head = "# What the experiments found\n\nBuilt by `python -m experiments report` from the directories beside it."
     path = results / REPORT
     path.write_text("\n\n".join([head, *(section(results, name) for name in present)]) + "\n")
     return path
+
+
+def write_found(readme: Path = README, results: Path = RESULTS) -> None:
+    """Put a line for each finished run between the two marks of the README."""
+    begin, end = FOUND
+    text = readme.read_text()
+    first, last = text.index(begin) + len(begin), text.index(end)
+    lines = "\n".join(line_of(results, name) for name in present_in(results))
+    readme.write_text(f"{text[:first]}\n{lines}\n{text[last:]}")
+
+
+def line_of(results: Path, name: str) -> str:
+    """The question of a run and how many of its claims held."""
+    summary = record.read_json(results / name / "summary.json")
+    outcomes = [verdict["outcome"] for verdict in summary["verdicts"]]
+    counts = [f"{outcomes.count(outcome)} {outcome}" for outcome in OUTCOMES if outcome in outcomes]
+    claims = f"{len(outcomes)} claim{'s' * (len(outcomes) != 1)}: {', '.join(counts)}"
+    return f"- [{name}](experiments/results/README.md#{name}): {summary['question']} {claims}."
 
 
 def experiment_of(directory: Path) -> str:
