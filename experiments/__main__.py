@@ -107,11 +107,9 @@ def train(
 @app.command
 def report() -> None:
     """Build experiments/results/README.md, and the list in the top README, from the committed results."""
-    from experiments.framework.report import README, write_found, write_report
+    from experiments.framework.report import write_report
 
     print(write_report())
-    write_found()
-    print(README)
 
 
 @app.command

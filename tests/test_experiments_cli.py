@@ -95,7 +95,7 @@ def test_a_directory_of_other_settings_is_refused_and_left_alone(smoke, capsys):
 
 
 def test_the_report_shows_a_run(smoke):
-    text = report.write_report(smoke("placement").parent).read_text()
+    text = report.write_report(smoke("placement").parent, None).read_text()
     assert "## placement" in text
     assert "| compared | 1 x 1 convolution and dense layer |" in text
 
@@ -110,7 +110,7 @@ def test_a_pilot_says_how_many_seeds_each_claim_needs(capsys, tmp_path):
 
 
 def test_a_report_of_nothing_says_how_to_make_results(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(report.write_report, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(report.write_report, "__defaults__", (tmp_path, None))
     assert main(["report"]) != 0
     assert "holds no finished run" in one_line_of_error(capsys)
 

@@ -40,7 +40,7 @@ def finished_run(directory, effects, axes=("seed",), *, fixed=True, sha256=None)
 
 
 def text_of(directory):
-    return report.write_report(directory).read_text()
+    return report.write_report(directory, None).read_text()
 
 
 def test_a_table_in_markdown():
@@ -104,13 +104,13 @@ def test_a_run_of_an_unknown_experiment_is_refused(tmp_path):
     finished_run(tmp_path, [1.0])
     write_json(tmp_path / "benefits" / "config.json", {"experiment": "gone"})
     with pytest.raises(UserError, match="'gone', which is no experiment"):
-        report.write_report(tmp_path)
+        report.write_report(tmp_path, None)
 
 
 def test_the_report_is_the_same_when_built_again(tmp_path):
     finished_run(tmp_path, [1.0, 1.1, 1.05])
-    first = report.write_report(tmp_path).read_bytes()
-    assert report.write_report(tmp_path).read_bytes() == first
+    first = report.write_report(tmp_path, None).read_bytes()
+    assert report.write_report(tmp_path, None).read_bytes() == first
 
 
 @pytest.mark.parametrize(("effects", "outcome"), [([1.0, 1.01], "SUPPORTED"), ([0.0, 0.01], "NOT SUPPORTED")])

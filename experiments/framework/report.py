@@ -65,22 +65,27 @@ def present_in(results: Path) -> list[str]:
     return sorted(finished, key=lambda name: (registry.EXPERIMENTS.index(finished[name]), name))
 
 
-def write_report(results: Path = RESULTS) -> Path:
-    """Build the report in `results` from the directories in it; UserError if there is no finished run among them."""
-    present = present_in(results)
-    head = "# What the experiments found\n\nBuilt by `python -m experiments report` from the directories beside it."
+def write_report(results: Path = RESULTS, readme: Path | None = README) -> Path:
+    """Build the report in `results` from the directories in it, and the list of what was found in the top README."""
     path = results / REPORT
-    path.write_text("\n\n".join([head, *(section(results, name) for name in present)]) + "\n")
+    path.write_text(report_of(results))
+    if readme is not None:
+        readme.write_text(with_found(readme.read_text(), results))
     return path
 
 
-def write_found(readme: Path = README, results: Path = RESULTS) -> None:
-    """Put a line for each finished run between the two marks of the README."""
+def report_of(results: Path) -> str:
+    """The report in Markdown."""
+    head = "# What the experiments found\n\nBuilt by `python -m experiments report` from the directories beside it."
+    return "\n\n".join([head, *(section(results, name) for name in present_in(results))]) + "\n"
+
+
+def with_found(text: str, results: Path) -> str:
+    """A README with a line for each finished run between its two marks."""
     begin, end = FOUND
-    text = readme.read_text()
     first, last = text.index(begin) + len(begin), text.index(end)
     lines = "\n".join(line_of(results, name) for name in present_in(results))
-    readme.write_text(f"{text[:first]}\n{lines}\n{text[last:]}")
+    return f"{text[:first]}\n{lines}\n{text[last:]}"
 
 
 def line_of(results: Path, name: str) -> str:
