@@ -34,26 +34,30 @@ def run(
     data: str | None = None,
     out: str | None = None,
     pilot: bool = False,
-) -> None:
+) -> int:
     """Run an experiment, or continue it, or show it again once it is done.
 
     Args:
-        name: the experiment, as `list` shows it.
+        name: the experiment, as `list` shows it; or all, which goes on past one that fails.
         preset: smoke (seconds), cpu (minutes on two cores) or full (the source's own setting).
         seeds: how many random seeds, instead of the preset's.
         data: the data set instead of the preset's: mnist5k, fashion_mnist, fashion_mnist:DIRECTORY, hub:mnist,
             hub:fashion_mnist or hub:cifar10.
-        out: the directory for the results; runs/NAME-PRESET if not given.
+        out: the directory for the results, runs/NAME-PRESET if not given; of all, the one that holds theirs.
         pilot: only say how many seeds each claim needs, from runs on seeds that are used for nothing else.
     """
-    from experiments.framework.run import plan, run_experiment
+    from experiments.framework.run import plan, run_all, run_experiment
 
+    count = None if seeds is None else parse_seeds(seeds)
+    if name == "all":
+        return run_all(preset, count, Path(out or "runs"))
     experiment = registry.load(name)
-    settings = registry.settings_of(experiment, name, preset, None if seeds is None else parse_seeds(seeds), data)
+    settings = registry.settings_of(experiment, name, preset, count, data)
     if pilot:
         plan(experiment, name, preset, settings, Path(out or f"runs/{name}-{preset}-pilot"))
     else:
         run_experiment(experiment, name, preset, settings, Path(out or f"runs/{name}-{preset}"))
+    return 0
 
 
 @app.command
@@ -147,7 +151,7 @@ def parse_seeds(text: str) -> int:
 def main(arguments: list[str]) -> int:
     """Run the command line; the exit status."""
     try:
-        app.cli(args=arguments or ["list"], prog="python -m experiments")
+        return app.cli(args=arguments or ["list"], prog="python -m experiments") or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -155,7 +159,6 @@ def main(arguments: list[str]) -> int:
         again = " ".join(["python -m experiments", *arguments])
         print(f"\nStopped. What is done is kept; continue with: {again}", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 if __name__ == "__main__":

@@ -109,6 +109,17 @@ def test_a_pilot_says_how_many_seeds_each_claim_needs(capsys, tmp_path):
     assert {run["seed"] for row in rows if "runs" in row for run in row["runs"]} == {20_000, 20_001}
 
 
+def test_all_goes_on_past_a_failure_and_skips_what_is_done(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "EXPERIMENTS", ("gone", "placement"))
+    command = ["run", "all", "--preset", "smoke", "--out", str(tmp_path)]
+    assert main(command) == 1
+    shown = capsys.readouterr().out
+    assert "failed gone: ModuleNotFoundError" in shown
+    assert (tmp_path / "placement-smoke" / "summary.json").exists()
+    assert main(command) == 1
+    assert "done already" in capsys.readouterr().out
+
+
 def test_a_report_of_nothing_says_how_to_make_results(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(report.write_report, "__defaults__", (tmp_path, None))
     assert main(["report"]) != 0

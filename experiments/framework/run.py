@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments.errors import UserError
-from experiments.framework import results
+from experiments.framework import registry, results
 from experiments.framework.claim import fingerprint
 from experiments.framework.display import Track, progress
 from experiments.framework.experiment import Experiment, Grid, Settings, Trained
@@ -52,6 +52,28 @@ def run_experiment(experiment: Experiment, name: str, preset: str, settings: Set
     show_tables(console, tables)
     show_verdicts(console, verdicts)
     console.print(f"\nPictures: {', '.join(str(directory / picture.file) for picture in pictures)}", highlight=False)
+
+
+def run_all(preset: str, seeds: int | None, directory: Path) -> int:
+    """Run every experiment in a directory of its own, those that are done apart; 1 if one of them failed, else 0."""
+    console, failed = Console(), []
+    for number, name in enumerate(registry.EXPERIMENTS):
+        where = directory / f"{name}-{preset}"
+        console.rule(f"{number + 1} of {len(registry.EXPERIMENTS)}: {name}")
+        if (where / "summary.json").exists():
+            console.print(f"done already: python -m experiments run {name} --out {where} shows it again")
+            continue
+        try:
+            experiment = registry.load(name)
+            run_experiment(experiment, name, preset, registry.settings_of(experiment, name, preset, seeds), where)
+        except UserError as error:
+            failed.append(f"{name}: {error}")
+        except Exception as error:  # one experiment that breaks must not cost the others
+            console.print_exception()
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+    for line in failed:
+        console.print(f"[bold red]failed[/] {line}", highlight=False)
+    return 1 if failed else 0
 
 
 def config_of(experiment: Experiment, name: str, preset: str, settings: Settings) -> dict:
