@@ -1,7 +1,8 @@
 """To and from the plain affine map: batch norm folded into a neighbouring kernel, or inserted without an effect.
 
 At test time y = gain * (x - mean) + bias with gain = scale / sqrt(var + epsilon), which a linear layer before or after
-it can take in (Jacob et al. 2018, section 3.2). Kernels are laid out as in Flax: [*spatial, inputs, outputs].
+it can take in (Jacob et al. 2018, section 3.2). Mean-only batch norm has a gain of 1. Kernels are laid out as in Flax:
+[*spatial, inputs, outputs].
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,8 +16,14 @@ from jaxbn._layers import find_layers, flat_names, nested_names
 from jaxbn._moments import Moments, at_least_float32, canonical_axes
 from jaxbn._running import running_moments
 
-# Paddings that repeat or leave out values, and never put in a zero that batch norm has not seen.
+# Paddings that repeat or leave out values, and never insert a zero that batch norm has not seen.
 _PADDINGS_WITHOUT_ZEROS = ("VALID", "CIRCULAR", "REFLECT")
+# What the variables of a normalizer hold that is one affine map of each feature at test time. Those of others have
+# more: "count" (virtual), "whitening", "length" (recurrent), "scale_kernel" (conditional).
+_AFFINE = {
+    "params": {"scale", "bias"},
+    "batch_stats": {"mean", "var", "weight", "step", "mean_bank", "var_bank"},
+}
 
 
 class Preceding(NamedTuple):
@@ -57,7 +64,7 @@ def fold_preceding(
 ) -> tuple[jax.Array, jax.Array]:
     """Kernel and bias of the one layer that does what a linear layer followed by batch norm at test time does.
 
-    kernel' = kernel * gain, bias' = (bias - mean) * gain + norm's bias.
+    kernel' = kernel * gain, bias' = (bias - mean) * gain + norm's bias. An `activation` of the norm is not part of it.
 
     Args:
       kernel: of any rank, its output features along `output_axis`.
@@ -71,7 +78,8 @@ def fold_preceding(
       Kernel and bias, in the kernel's dtype.
 
     Raises:
-      ValueError: the kernel has other features along output_axis than the batch norm.
+      ValueError: the kernel has other features along output_axis than the batch norm, or the normalizer is not one
+        affine map of each feature at test time, as virtual and conditional batch norm are not.
     """
     mean, gain, shift = _affine(norm, epsilon, debias)
     axes = canonical_axes(output_axis, kernel.ndim, "output_axis")
@@ -115,7 +123,8 @@ def fold_following(
       Kernel and bias, in the kernel's dtype.
 
     Raises:
-      ValueError: the layer pads with zeros, or the features do not fit.
+      ValueError: the layer pads with zeros, the features do not fit, or the normalizer is not one affine map of each
+        feature at test time.
     """
     mean, gain, shift = _affine(norm, epsilon, debias)
     _check_padding(kernel, padding)
@@ -141,7 +150,7 @@ def fold_variables(
     """Variables of the same linen network without its batch norms, for use at test time.
 
     The batch norms' entries are gone and every layer that took one in has a bias: the network to apply them to has
-    `use_bias=True` there and no batch norm (`jaxbn.identity()` in its place).
+    `use_bias=True` there and no batch norm (`jaxbn.identity(activation=...)` in its place, with the norm's activation).
 
     Args:
       variables: {"params", "batch_stats", ...}.
@@ -151,19 +160,19 @@ def fold_variables(
       debias: of the batch norms.
 
     Returns:
-      A new dict; arrays that are not concerned are the same.
+      A new dict; arrays that are not concerned are the same. A boxed kernel, such as a partitioned one, stays boxed.
 
     Raises:
       ValueError: a path that is not there, with those that are; and as `fold_preceding` and `fold_following`.
     """
-    flat = {name: flat_names(tree) for name, tree in variables.items()}
-    flat.setdefault("batch_stats", {})
+    flat = {"params": {}, "batch_stats": {}} | {name: flat_names(tree) for name, tree in variables.items()}
+    layers = sorted(find_layers(variables.get("batch_stats", {}), ("mean",)))
     for path, layer in pairs.items():
         layer = Preceding(layer) if isinstance(layer, str) else layer
+        if path not in layers:
+            raise ValueError(f"no batch norm at {path!r}; there are {layers}.")
         norm = {name: _pop_layer(flat[name], path) for name in ("params", "batch_stats")}
-        if "mean" not in norm["batch_stats"]:
-            raise ValueError(f"no batch norm at {path!r}; there are {sorted(find_layers(variables['batch_stats']))}.")
-        _fold_one(flat["params"], layer, norm, epsilon, debias)
+        _fold_one(flat["params"], path, layer, norm, epsilon, debias)
     return {name: nested_names(tree) for name, tree in flat.items()}
 
 
@@ -204,7 +213,7 @@ def unfold_variables(
     Raises:
       ValueError: a path at which there is no batch norm, with those that there are.
     """
-    layers = find_layers(variables["batch_stats"])
+    layers = find_layers(variables.get("batch_stats", {}))
     sources = {path: (s["mean"], s["var"]) for path, s in layers.items()}
     if moments is not None:
         sources = {path: (m.mean, m.var) for path, m in moments.items()}
@@ -218,17 +227,44 @@ def unfold_variables(
 
 def _affine(norm, epsilon, debias):
     """Mean, gain and bias of y = gain * (x - mean) + bias, [features] each, float32 at least."""
-    mean, var = (at_least_float32(jnp.asarray(v)) for v in running_moments(norm["batch_stats"], debias=debias))
-    params = norm.get("params", {})
-    gain = lax.rsqrt(var + epsilon) * params.get("scale", 1)
+    norm = {name: {n: _unboxed(v) for n, v in norm.get(name, {}).items()} for name in _AFFINE}
+    _check_affine(norm)
+    stats, params = norm["batch_stats"], norm["params"]
+    if "var" in stats:
+        mean, var = (at_least_float32(jnp.asarray(v)) for v in running_moments(stats, debias=debias))
+        gain = lax.rsqrt(var + epsilon) * params.get("scale", 1)
+    else:
+        mean = at_least_float32(jnp.asarray(stats["mean"]))
+        gain = jnp.ones_like(mean) * params.get("scale", 1)
     return mean, gain, jnp.broadcast_to(params.get("bias", 0), mean.shape)
+
+
+def _check_affine(norm):
+    more = sorted({f"{kind}/{name}" for kind, known in _AFFINE.items() for name in norm[kind] if name not in known})
+    features = jnp.shape(norm["batch_stats"]["mean"])
+    wrong = {name: jnp.shape(v) for name, v in norm["params"].items() if jnp.shape(v) != features}
+    if more or wrong:
+        found = f"has {', '.join(more)}" if more else f"has params of shapes {wrong} beside a mean of shape {features}"
+        raise ValueError(
+            f"the normalizer {found}: at test time it is not one affine map of each feature, as batch norm, renorm,"
+            " mean-only and stochastic batch norm are, and cannot be folded."
+        )
+
+
+def _unboxed(value):
+    """The array of a boxed value, such as a partitioned one; any other value as it is."""
+    (leaf,) = jax.tree.leaves(value)
+    return leaf
 
 
 def _check_padding(kernel, padding):
     spatial = kernel.shape[:-2]
-    sides = padding if isinstance(padding, str) else jax.tree.leaves(padding)
-    unpadded = sides in _PADDINGS_WITHOUT_ZEROS if isinstance(padding, str) else not any(sides)
-    if any(size > 1 for size in spatial) and not unpadded:
+    if isinstance(padding, str):
+        # SAME and CAUSAL pad a kernel of size 1 with nothing.
+        pads = padding not in _PADDINGS_WITHOUT_ZEROS and any(size > 1 for size in spatial)
+    else:
+        pads = any(jax.tree.leaves(padding))
+    if pads:
         raise ValueError(
             f"a convolution with kernel {kernel.shape} and padding={padding!r} pads its input with zeros, which batch"
             " norm before it does not see: no kernel and bias give the same outputs at the border. Fold the norm into"
@@ -248,7 +284,7 @@ def _pop_layer(flat, path):
     return {name[len(prefix) :]: flat.pop(name) for name in names}
 
 
-def _fold_one(params, layer, norm, epsilon, debias):
+def _fold_one(params, path, layer, norm, epsilon, debias):
     names = [f"{layer.layer}/{name}" for name in ("kernel", "bias")]
     if names[0] not in params:
         kernels = sorted(name.removesuffix("/kernel") for name in params if name.endswith("/kernel"))
@@ -256,16 +292,23 @@ def _fold_one(params, layer, norm, epsilon, debias):
     arguments = {**layer._asdict(), "epsilon": epsilon, "debias": debias}
     del arguments["layer"]
     fold = fold_preceding if isinstance(layer, Preceding) else fold_following
-    params[names[0]], params[names[1]] = fold(params[names[0]], params.get(names[1]), norm, **arguments)
+    old = [params.get(name) for name in names]
+    try:
+        new = fold(*(None if value is None else _unboxed(value) for value in old), norm, **arguments)
+    except ValueError as error:
+        raise ValueError(f"{path!r} cannot be folded into {layer.layer!r}: {error}") from error
+    for name, box, value in zip(names, old, new, strict=True):
+        params[name] = value if box is None else jax.tree.unflatten(jax.tree.structure(box), [value])
 
 
 def _unfold_one(flat, path, mean, var, epsilon):
     prefix = f"{path}/" if path else ""
     for collection, values in unfold(mean, var, epsilon=epsilon).items():
         for name, value in values.items():
-            like = flat[collection].get(prefix + name)
-            if like is None:
+            box = flat[collection].get(prefix + name)
+            if box is None:
                 raise ValueError(
                     f"the batch norm at {path!r} has no {name}; it needs scale and bias to have no effect."
                 )
-            flat[collection][prefix + name] = value.astype(like.dtype)
+            like = value.astype(_unboxed(box).dtype)
+            flat[collection][prefix + name] = jax.tree.unflatten(jax.tree.structure(box), [like])

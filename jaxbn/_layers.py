@@ -1,6 +1,6 @@
 """The normalization layers of a tree of statistics, by path."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,13 +9,13 @@ from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 Layers = dict[str, dict[str, Any]]
 
 
-def find_layers(batch_stats: Any) -> Layers:
-    """Every layer that keeps a mean and a variance: {path: {"mean": .., "var": .., ...}}.
+def find_layers(batch_stats: Any, names: Iterable[str] = ("mean", "var")) -> Layers:
+    """Every layer that keeps statistics of these names: {path: {"mean": .., "var": .., ...}}.
 
     A path is "/" between names, such as "ResNet_0/norm", and "" for the statistics of one normalizer. The tree may be
     a dict, a FrozenDict, an `nnx.State`, or hold boxed values such as `nn.Partitioned`.
     """
-    return {path: stats for path, stats in leaves_by_path(batch_stats).items() if {"mean", "var"} <= set(stats)}
+    return {path: stats for path, stats in leaves_by_path(batch_stats).items() if set(names) <= set(stats)}
 
 
 def leaves_by_path(tree: Any) -> Layers:
@@ -34,7 +34,7 @@ def replace_layers(batch_stats: Any, layers: Mapping[str, Mapping[str, Any]]) ->
 
 def flat_names(tree: Mapping[str, Any], start: str = "") -> dict[str, Any]:
     """Nested dicts as one dict by names joined with "/"; boxed values stay as they are."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= flat_names(value, f"{start}{name}/") if isinstance(value, Mapping) else {f"{start}{name}": value}
     return flat

@@ -1,10 +1,13 @@
 """Folding against the two layers applied one after the other, and insertion against the network without the norm."""
 
+import inspect
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from normalizers import CASES, draw, ready
 
 import jaxbn
 from jaxbn._fold import (
@@ -134,10 +137,77 @@ def test_kernels_keep_their_dtype():
     assert (kernel.dtype, bias.dtype) == (jnp.bfloat16, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("padding", ["SAME", "CAUSAL", 1, ((0, 1), (0, 0))])
-def test_zero_padding_after_the_norm_is_refused(padding):
+PADDED = [("SAME", 3), ("CAUSAL", 3), (1, 3), (1, 1), (((0, 1), (0, 0)), 3), (((0, 1), (0, 0)), 1), ((0, 1), 1)]
+
+
+@pytest.mark.parametrize(("padding", "size"), PADDED, ids=str)
+def test_zero_padding_after_the_norm_is_refused(padding, size):
     with pytest.raises(ValueError, match="pads its input with zeros"):
-        fold_following(normal(3, 3, 4, 2), None, trained_norm(4), epsilon=EPSILON, padding=padding)
+        fold_following(normal(size, size, 4, 2), None, trained_norm(4), epsilon=EPSILON, padding=padding)
+
+
+# The normalizers that are one affine map of each feature at test time; "frozen" and "noisy" are batch norm then.
+FOLDABLE = ("batch_norm", "ghost_batch_norm", "batch_renorm", "stochastic_batch_norm", "mean_only", "frozen", "noisy")
+
+
+def folds(name):
+    return name.startswith(FOLDABLE) and name != "batch_norm, other axis"
+
+
+def hyperparameters(norm):
+    """Arguments for folding, and the activation, which is not folded."""
+    epsilon = inspect.signature(norm._origin.factory).parameters.get("epsilon")
+    passed = {"epsilon": epsilon.default if epsilon else 1e-5, "debias": False, "activation": None}
+    passed |= norm._origin.passed
+    return {n: passed[n] for n in ("epsilon", "debias")}, passed["activation"] or (lambda y: y)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_normalizer_folds_or_is_refused(name):
+    case, kernel = ready(name), normal(4, 4, seed=3)
+    further, activation = hyperparameters(case.norm)
+    params = {"dense": {"kernel": kernel}, "norm": case.variables["params"]}
+    network = {"params": params, "batch_stats": {"norm": case.variables["batch_stats"]}}
+    if not folds(name):
+        for layer in (Preceding("dense"), Following("dense")):
+            with pytest.raises(ValueError, match=r"no batch norm at 'norm'|'norm' cannot be folded into 'dense': "):
+                fold_variables(network, {"norm": layer}, **further)
+        return
+    # Without a key stochastic batch norm draws nothing.
+    arguments = {key: value for key, value in case.arguments.items() if key != "rng"}
+    x = np.asarray(draw())
+    before = fold_variables(network, {"norm": "dense"}, **further)["params"]["dense"]
+    y, _ = case.evaluate(case.variables, x @ kernel, **arguments)
+    assert_equal_to_rounding(activation(x @ np.asarray(before["kernel"]) + np.asarray(before["bias"])), y)
+    if activation(-1.0) == -1.0:  # What lies between the norm and the layer after it has to be linear.
+        after = fold_variables(network, {"norm": Following("dense")}, **further)["params"]["dense"]
+        y, _ = case.evaluate(case.variables, x, **arguments)
+        assert_equal_to_rounding(x @ np.asarray(after["kernel"]) + np.asarray(after["bias"]), y @ kernel)
+
+
+@pytest.mark.parametrize("layer", [Preceding("Dense_0"), Following("Dense_0", padding="VALID")])
+def test_a_partitioned_kernel_folds_and_stays_partitioned(layer):
+    boxed = nn.with_partitioning(nn.initializers.normal(), ("inputs", "outputs"))
+    features = 4 if isinstance(layer, Following) else 3
+    dense = nn.Dense(3, kernel_init=boxed, bias_init=nn.with_partitioning(nn.initializers.normal(), ("outputs",)))
+    params = dense.init(jax.random.key(0), normal(5, 4))["params"]
+    norm = trained_norm(features)
+    variables = {name: {"norm": values} for name, values in norm.items()}
+    variables["params"]["Dense_0"] = params
+    folded = fold_variables(variables, {"norm": layer}, epsilon=EPSILON)["params"]["Dense_0"]
+    assert folded["kernel"].names == ("inputs", "outputs")
+    assert folded["bias"].names == ("outputs",)
+    plain = variables | {"params": nn.meta.unbox(variables["params"])}
+    expected = fold_variables(plain, {"norm": layer}, epsilon=EPSILON)["params"]["Dense_0"]
+    jax.tree.map(np.testing.assert_array_equal, nn.meta.unbox(folded), expected)
+
+
+def test_a_network_without_statistics_folds_nothing():
+    variables = {"params": {"dense": {"kernel": normal(4, 3)}}}
+    assert fold_variables(variables, {}, epsilon=EPSILON) == variables | {"batch_stats": {}}
+    with pytest.raises(ValueError, match=r"no batch norm at 'norm'; there are \[\]"):
+        fold_variables(variables, {"norm": "dense"}, epsilon=EPSILON)
+    assert unfold_variables(variables, epsilon=EPSILON) == variables
 
 
 def test_features_that_do_not_fit_the_layer_before_are_refused():

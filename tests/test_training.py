@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import small_network
+from flax import nnx
 from jax.sharding import AxisType
 from small_network import BATCHES, FIRST, KEY
 
@@ -245,6 +246,64 @@ def test_an_optimizer_may_keep_the_params_in_its_state():
     state, metrics = step(training.init_state(initial(), keeping), FIRST, KEY)
     assert not metrics["skipped"]
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, initial()["params"])
+
+
+class Network(nnx.Module):
+    """A dense layer and a norm; the recipe in the docstring of jaxbn.training is for models such as this."""
+
+    def __init__(self, norm):
+        self.dense, self.norm = nnx.Linear(small_network.INPUTS, small_network.CLASSES, rngs=nnx.Rngs(0)), norm
+
+    def __call__(self, x):
+        return self.norm(self.dense(x))
+
+
+def nnx_loss(graph, variables, batch, rng):
+    model = nnx.merge(graph, variables["params"], variables["batch_stats"], copy=True)
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["x"]), batch["label"])
+    return LossOutput(losses.sum(), losses.size, nnx.state(model, nnx.BatchStat))
+
+
+def plain_loss(norm, variables, batch, rng):
+    dense, of_norm = variables["params"]["dense"], variables["params"]["norm"]
+    x = batch["x"] @ dense["kernel"] + dense["bias"][None]
+    y, moved = norm.apply({"params": of_norm, "batch_stats": variables["batch_stats"]}, x, train=True)
+    losses = optax.softmax_cross_entropy_with_integer_labels(y, batch["label"])
+    return LossOutput(losses.sum(), losses.size, moved)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatches": 2}, {"scan": True}], ids=["plain", "microbatches", "scan"])
+@pytest.mark.parametrize(
+    ("norm", "module"),
+    [
+        (jaxbn.batch_norm(), jaxbn.nnx.BatchNorm),
+        (jaxbn.batch_norm(), functools.partial(jaxbn.nnx.Norm, jaxbn.batch_norm())),
+        (jaxbn.layer_norm(), functools.partial(jaxbn.nnx.Norm, jaxbn.layer_norm())),
+    ],
+    ids=["BatchNorm", "Norm", "Norm of layer_norm"],
+)
+def test_an_nnx_model_merged_inside_the_loss_trains_as_plain_functions_do(norm, module, options):
+    model, mesh = Network(module(small_network.CLASSES, rngs=nnx.Rngs(0))), mesh_of(8)
+    graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    of_norm = norm.init(KEY, jnp.zeros((1, small_network.CLASSES)))
+    dense = {"kernel": model.dense.kernel[...], "bias": model.dense.bias[...]}
+    plain = {"params": {"dense": dense, "norm": of_norm["params"]}, "batch_stats": of_norm["batch_stats"]}
+    ways = {
+        functools.partial(nnx_loss, graph): {"params": params, "batch_stats": batch_stats},
+        functools.partial(plain_loss, norm): plain,
+    }
+    results = []
+    for loss, variables in ways.items():
+        step = training.jit_step(loss, adam(), mesh=mesh, **options)
+        state = training.replicate(training.init_state(variables, adam()), mesh)
+        for _ in range(2):
+            state, metrics = step(state, BATCHES if "scan" in options else FIRST, KEY)
+        results.append((state, metrics))
+    (state, metrics), (expected, expected_metrics) = results
+    assert_same_training(metrics, expected_metrics)
+    nnx.update(model, state.params, state.batch_stats)
+    np.testing.assert_allclose(model.dense.kernel[...], expected.params["dense"]["kernel"], **ROUNDING)
+    assert_same_training(jax.tree.leaves(nnx.state(model, nnx.BatchStat)), jax.tree.leaves(expected.batch_stats))
 
 
 # What users get wrong.

@@ -1,6 +1,7 @@
 """A step that is not finite, or in which nothing counts, changes nothing: every cause, however the batch is spread."""
 
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,9 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
+import jaxbn
 from jaxbn import training
-from jaxbn.training import LossOutput
+from jaxbn.training import LossOutput, _step
 
 KEY = jax.random.key(0)
 DEVICES, BATCH = 4, 16
@@ -125,3 +127,49 @@ def test_what_was_not_finite_before_does_not_refuse_a_step():
 def test_the_parts_of_a_code_are_its_bits(code):
     parts = ("loss", "gradient", "params", "opt_state", "batch_stats")
     assert sum(1 << parts.index(part) for part in training.nonfinite_parts(code)) == code
+
+
+class Timed:
+    """A compiled step and the state that it goes on from."""
+
+    def __init__(self, loss, state, batch):
+        self.state, self.batch = jax.tree.map(jnp.array, state), batch
+        step = training.jit_step(loss, optax.adam(1e-3), mesh=jax.make_mesh((1,), ("data",)))
+        lowered = step.lower(self.state, batch, KEY)
+        self.run = lowered.compile(compiler_options={"xla_backend_optimization_level": 3})
+
+    def seconds(self, steps=10):
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.state, _ = self.run(self.state, self.batch, KEY)
+        jax.block_until_ready(self.state)
+        return time.perf_counter() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "examples"), [(1024, 32), (256, 256)])
+def test_the_check_costs_little_beside_a_step(width, examples, monkeypatch, capsys):
+    """Adam and a network of three dense layers with batch norm; steps with and without the check alternate."""
+    norm, key = jaxbn.batch_norm(), jax.random.key(0)
+    params = {"kernels": [jax.random.normal(key, (width, width)) / width**0.5] * 3, "scale": jnp.ones(width)}
+    stats = norm.init(key, jnp.zeros((2, width)))
+
+    def loss(variables, batch, rng):
+        x, moved = batch["x"], []
+        for kernel, layer in zip(variables["params"]["kernels"], variables["batch_stats"], strict=True):
+            y, statistics = norm.apply({**stats, "batch_stats": layer}, x @ kernel, train=True)
+            x = jax.nn.relu(y)
+            moved.append(statistics)
+        return LossOutput(jnp.sum(x @ variables["params"]["scale"]) / width, len(x), moved)
+
+    batch = {"x": np.random.default_rng(0).normal(size=(examples, width)).astype(np.float32)}
+    start = training.init_state({"params": params, "batch_stats": [stats["batch_stats"]] * 3}, optax.adam(1e-3))
+
+    checked = Timed(loss, start, batch)
+    monkeypatch.setattr(_step, "_nonfinite", lambda *results: jnp.zeros((), jnp.int32))
+    unchecked = Timed(loss, start, batch)
+    pairs = [[timed.seconds() for timed in (checked, unchecked)] for _ in range(30)]
+    ratio = float(np.median([a / b for a, b in pairs]))
+    with capsys.disabled():
+        print(f"\nwidth {width}, {examples} examples: a step with the check takes {ratio:.2f} times as long")
+    assert ratio < 4  # Of the wider network, on a machine with other work.

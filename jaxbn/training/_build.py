@@ -121,7 +121,10 @@ def shard_map_step(
     A step that is not finite changes nothing: where the loss, the gradient or any value that would be stored (params,
     opt_state and batch_stats, as the optimizer and the network return them) is not finite, all of them stay bit for
     bit as they were, on all devices; only `step` moves on. So does a batch of total weight 0. A stored value that was
-    not finite before the step is not held against it. COST
+    not finite before the step is not held against it. The check computes the optimizer's update twice and needs no
+    further memory. On two CPU cores a step of Adam with it takes 1.2 times as long as without (three dense layers of
+    256 features, 256 examples), and 2.4 times where hardly anything but the update is computed (1,024 features, 32
+    examples); `pytest -m slow -n 0 tests/test_training_refusal.py` measures it.
 
     Args:
       loss: see `LossOutput`. A term that is no sum over examples, such as weight decay, belongs into the optimizer. Its

@@ -55,12 +55,19 @@ def advance(
     share = jnp.where(weight == 0, 0, 1 / jnp.where(weight == 0, 1, weight))
     gradient = jax.tree.map(lambda g: (g * (_examples(batch) * shards.number() * share)).astype(g.dtype), gradient)
     means = {name: value * share for name, value in ({"loss": loss_sum} | metric_sums).items()}
-    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    moved = TrainState(state.step, optax.apply_updates(state.params, updates), output.batch_stats, opt_state)
-    nonfinite = _nonfinite((means["loss"], weight), gradient, moved, state)
+    update = partial(_updated, optimizer, output.batch_stats)
+    # The update is computed once to be checked and once to be stored: what is only checked XLA need not write to
+    # memory, whereas a new state beside the old one would double what the state takes. The barrier keeps the two apart.
+    checked = update(*lax.optimization_barrier((gradient, state)))
+    nonfinite = _nonfinite((means["loss"], weight), gradient, checked, state)
     accept = (nonfinite == 0) & (weight != 0)
-    kept = jax.tree.map(partial(jnp.where, accept), moved, state)._replace(step=state.step + 1)
+    kept = jax.tree.map(partial(jnp.where, accept), update(gradient, state), state)._replace(step=state.step + 1)
     return kept, means | {"weight": weight, "skipped": 1 - accept.astype(jnp.int32), "nonfinite": nonfinite}
+
+
+def _updated(optimizer, batch_stats, gradient, state: TrainState) -> TrainState:
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+    return TrainState(state.step, optax.apply_updates(state.params, updates), batch_stats, opt_state)
 
 
 def _nonfinite(loss: Any, gradient: Any, moved: TrainState, state: TrainState) -> jax.Array:
