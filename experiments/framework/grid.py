@@ -15,6 +15,7 @@ from experiments.training import data
 from experiments.training.loop import (
     Schedule,
     Task,
+    check_data,
     compile_grid,
     on_device,
     parts_of,
@@ -35,13 +36,14 @@ def train_grid(
 ) -> None:
     """Train every run of a grid and append its rows to the record, or continue where an earlier process stopped.
 
-    Rows are {"stage", "runs": the list} once, then {"stage", "first", "step", "loss": [...], "accuracy": [...]} per
-    interval, where `first` is the number in the grid of the first run of the lists. Where the programs' `evaluate`
-    returns a dict of metrics, the row has its names instead of "accuracy". `conclude(runs, variables, arrays)` sees
-    the trained networks of each part (leaves [runs, ...]) and returns further rows.
+    Rows are {"stage", "runs": the list} once, then {"stage", "first", "step", "loss": [...], ...} per interval, with a
+    list for each metric of `loop.evaluate`, where `first` is the number in the grid of the first run of the lists.
+    `conclude(runs, variables, arrays)` sees the trained networks of each part (leaves [runs, ...]) and returns further
+    rows.
     """
     if record.is_done(stage):
         return
+    check_data(task, schedule, runs[0], dataset)
     arrays, parts = on_device(dataset), parts_of(runs, schedule.runs_at_once)
     programs = compile_grid(task, schedule, runs_per_seed(runs))
     first_part, done = checkpoint.position(record, stage)
@@ -79,8 +81,7 @@ def _train_part(record, stage, programs, schedule, part, arrays, track, done) ->
     for number in range(done, intervals):
         track(stage, part.number * schedule.steps + number * schedule.interval, part.of * schedule.steps)
         states, loss = programs.advance(states, part.stacked, arrays, number * schedule.interval)
-        measured = programs.evaluate(states, arrays)
-        metrics = {"loss": loss, **(measured if isinstance(measured, dict) else {"accuracy": measured})}
+        metrics = {"loss": loss, **programs.evaluate(states, part.stacked, arrays)}
         row = {"stage": stage, "first": part.number * size, "step": (number + 1) * schedule.interval}
         record.append([row | {name: np.asarray(values)[: len(part.runs)] for name, values in metrics.items()}])
         if checkpoint.is_due(record):
@@ -104,7 +105,7 @@ class Curves(NamedTuple):
     @property
     def accuracy(self) -> np.ndarray:
         """The test accuracy after each interval, [runs, points], from 0 to 1."""
-        return self.metrics["accuracy"]
+        return self.metrics["test_accuracy"]
 
 
 def curves(rows: list[dict], stage: str) -> Curves:

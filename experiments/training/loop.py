@@ -13,7 +13,7 @@ grid that continues from a checkpoint goes on as if it had never stopped.
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,11 @@ import numpy as np
 import optax
 from jax import Array
 
-from experiments.training import data
+from experiments.errors import UserError
+from experiments.training.dataset import Dataset, pixels
 
 EVALUATION_BATCH = 1000  # images at a time: what a forward pass over the test set keeps in memory
+USUAL_SHAPE = (28, 28, 1)  # of images, as in MNIST
 
 
 def softmax_loss(logits: Array, labels: Array) -> Array:
@@ -43,6 +45,9 @@ class Task(NamedTuple):
     apply: Callable  # apply(variables, x, *, train) -> (logits, batch_stats)
     optimizer: Callable  # optimizer(run) -> optax.GradientTransformation
     loss: Callable = softmax_loss  # loss(logits, labels) -> scalar
+    # metrics(run, state, arrays) -> {name: scalar}, measured with the accuracies; state: {"variables", "optimizer"} of
+    # one run, arrays: of `on_device`
+    metrics: Callable | None = None
 
 
 class Schedule(NamedTuple):
@@ -55,19 +60,36 @@ class Schedule(NamedTuple):
     mapped: bool | None = None  # seed after seed (lax.map) or all at once (vmap); None: mapped on a CPU
 
 
-def on_device(dataset: data.Dataset) -> dict[str, Array]:
-    """The data set as device arrays, the test set padded to whole evaluation batches with the label -1.
+def on_device(dataset: Dataset) -> dict[str, Array]:
+    """The data set as device arrays by name.
 
     Training images are flattened to [n, pixels]: XLA gathers rows of bytes ten times faster than images.
     """
-    padding = -len(dataset.test_labels) % min(EVALUATION_BATCH, len(dataset.test_labels))
-    arrays = {
-        "train_images": dataset.train_images.reshape(len(dataset.train_images), -1),
-        "train_labels": dataset.train_labels,
-        "test_images": np.pad(dataset.test_images, [(0, padding), (0, 0), (0, 0), (0, 0)]),
-        "test_labels": np.pad(dataset.test_labels, (0, padding), constant_values=-1),
-    }
-    return jax.tree.map(jnp.asarray, arrays)
+    flat = dataset.train_images.reshape(len(dataset.train_images), -1)
+    return jax.tree.map(jnp.asarray, {**dataset._asdict(), "train_images": flat})
+
+
+def check_data(task: Task, schedule: Schedule, run: dict, dataset: Dataset) -> None:
+    """Raise a UserError where there are fewer training examples than a batch, or the network takes no such images.
+
+    Networks here are made for images of 28 x 28; only others are tried, without computing anything.
+    """
+    examples, shape = len(dataset.train_labels), dataset.train_images.shape[1:]
+    if examples < schedule.batch_size:
+        raise UserError(
+            f"the data set has {examples} training images, where a batch takes {schedule.batch_size}: choose another"
+            " --data"
+        )
+    if shape == USUAL_SHAPE:
+        return
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    try:
+        variables = jax.eval_shape(lambda run: task.init(run, jax.random.key(0), images), run)
+        jax.eval_shape(partial(task.apply, train=True), variables, images)
+    except (TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        in_words = " x ".join(map(str, shape))
+        raise UserError(f"the network takes no images of {in_words} ({reason}): choose another --data") from error
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
@@ -96,14 +118,14 @@ def batch_indices(seed: Array, start: Array, steps: int, batch_size: int, exampl
 def take(arrays: dict, index: Array) -> tuple[Array, Array]:
     """The training images (float32, image-shaped) and labels numbered by `index` [batch]."""
     flat = arrays["train_images"].at[index].get(mode="promise_in_bounds")
-    images = data.pixels(flat).reshape(len(index), *arrays["test_images"].shape[1:])
+    images = pixels(flat).reshape(len(index), *arrays["test_images"].shape[1:])
     return images, arrays["train_labels"].at[index].get(mode="promise_in_bounds")
 
 
 def init_run(task: Task, images: Array, run: dict) -> dict:
     """The state of one run before its first step: variables and the optimizer's state."""
     key = jax.random.fold_in(jax.random.key(run["seed"]), 0)
-    variables = task.init(run, key, data.pixels(images[:2]))
+    variables = task.init(run, key, pixels(images[:2]))
     return {"variables": variables, "optimizer": task.optimizer(run).init(variables["params"])}
 
 
@@ -121,16 +143,38 @@ def train_step(task: Task, run: dict, state: dict, images: Array, labels: Array)
     return {"variables": {"params": params, "batch_stats": batch_stats}, "optimizer": optimizer}, loss
 
 
+def is_right(apply: Callable, variables: dict, images: Array, labels: Array) -> Array:
+    """Whether the label of each image is predicted at test time: bool [n]; batch by batch, to save memory."""
+    batches = -(-len(labels) // EVALUATION_BATCH)
+    padding = -len(labels) % batches
+    images = jnp.pad(images, [(0, padding), *[(0, 0)] * (images.ndim - 1)])
+
+    def predict(batch: Array) -> Array:
+        logits, _ = apply(variables, pixels(batch), train=False)
+        return jnp.argmax(logits, axis=-1)
+
+    predicted = jax.lax.map(predict, images.reshape(batches, -1, *images.shape[1:]))
+    return predicted.reshape(-1)[: len(labels)] == labels
+
+
 def accuracy(apply: Callable, variables: dict, images: Array, labels: Array) -> Array:
-    """The share of images whose label is predicted at test time; labels of -1 are padding. float32 scalar."""
-    size = min(EVALUATION_BATCH, len(labels))
+    """The share of images whose label is predicted at test time; float32 scalar."""
+    return jnp.mean(is_right(apply, variables, images, labels), dtype=jnp.float32)
 
-    def correct(batch: tuple[Array, Array]) -> Array:
-        logits, _ = apply(variables, data.pixels(batch[0]), train=False)
-        return jnp.sum(jnp.argmax(logits, axis=-1) == batch[1])
 
-    hits = jax.lax.map(correct, (images.reshape(-1, size, *images.shape[1:]), labels.reshape(-1, size)))
-    return jnp.sum(hits) / jnp.sum(labels >= 0)
+def evaluate(task: Task, run: dict, state: dict, arrays: dict) -> dict[str, Array]:
+    """What is measured of one network: "validation_accuracy", "test_accuracy" and the metrics of the task."""
+    # Both parts at once, so that the network is compiled once.
+    images, labels = (
+        jnp.concatenate([arrays[f"validation_{kind}"], arrays[f"test_{kind}"]]) for kind in ("images", "labels")
+    )
+    right = is_right(task.apply, state["variables"], images, labels)
+    validation, test = jnp.split(right, [len(arrays["validation_labels"])])
+    found = {
+        "validation_accuracy": jnp.mean(validation, dtype=jnp.float32),
+        "test_accuracy": jnp.mean(test, dtype=jnp.float32),
+    }
+    return found | ({} if task.metrics is None else task.metrics(run, state, arrays))
 
 
 class Programs(NamedTuple):
@@ -138,7 +182,7 @@ class Programs(NamedTuple):
 
     start: Callable  # start(runs, arrays) -> states before the first step
     advance: Callable  # advance(states, runs, arrays, step) -> (states, loss [runs]); consumes the states
-    evaluate: Callable  # evaluate(states, arrays) -> test accuracy [runs]
+    evaluate: Callable  # evaluate(states, runs, arrays) -> {name of a metric: [runs]}; see `evaluate`
 
 
 @functools.lru_cache(maxsize=8)
@@ -165,12 +209,11 @@ def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
         return join(over_seeds(train_seed, (*split((states, runs), per_seed), indices)))
 
     @jax.jit
-    def evaluate(states: dict, arrays: dict) -> Array:
-        def evaluate_seed(variables: dict) -> Array:
-            test = arrays["test_images"], arrays["test_labels"]
-            return jax.vmap(lambda of_run: accuracy(task.apply, of_run, *test))(variables)
+    def evaluate_grid(states: dict, runs: dict, arrays: dict) -> dict[str, Array]:
+        def evaluate_seed(of_seed: tuple[dict, dict]) -> dict[str, Array]:
+            return jax.vmap(lambda run, state: evaluate(task, run, state, arrays))(*of_seed)
 
-        return join(over_seeds(evaluate_seed, split(states["variables"], per_seed)))
+        return join(over_seeds(evaluate_seed, split((runs, states), per_seed)))
 
     def advance(states: dict, runs: dict, arrays: dict, step: int) -> tuple[dict, Array]:
         examples = len(arrays["train_labels"])
@@ -182,15 +225,15 @@ def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
         # all architectures that have the same shapes.
         return jax.vmap(partial(init_run, task, arrays["test_images"]))(runs)
 
-    return Programs(start, advance, evaluate)
+    return Programs(start, advance, evaluate_grid)
 
 
-def split(tree: object, per_seed: int) -> object:
+def split(tree: Any, per_seed: int) -> Any:
     """Leaves [runs, ...] to [seeds, per_seed, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, per_seed, *leaf.shape[1:]), tree)
 
 
-def join(tree: object) -> object:
+def join(tree: Any) -> Any:
     """Leaves [seeds, per_seed, ...] to [runs, ...]."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
