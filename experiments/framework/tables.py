@@ -48,15 +48,15 @@ def table_of(
     def table(settings: Any, results: xr.Dataset) -> Table:
         array = values(results)
         heads = [_label(value) for value in array[columns].values]
+        known = [] if published is None else [name for name in (*rows, columns) if name in published.dims]
+        theirs = None if published is None else published.reindex({name: array[name].values for name in known})
         lines = []
         for place in np.ndindex(*(array.sizes[name] for name in rows)):
             at = {name: array[name].values[index] for name, index in zip(rows, place, strict=True)}
             cells = [mean_and_std(some, digits) for some in array.sel(at).transpose(columns, over).values]
-            if published is not None:
-                theirs = published.sel({name: value for name, value in at.items() if name in published.dims})
-                cells += [
-                    "" if np.isnan(v) else f"{v:.{digits}f}" for v in theirs.sel({columns: array[columns]}).values
-                ]
+            if theirs is not None:
+                figures = theirs.sel({name: value for name, value in at.items() if name in theirs.dims}).values
+                cells += ["" if np.isnan(value) else f"{value:.{digits}f}" for value in figures]
             lines.append([*map(_label, at.values()), *cells])
         names = [*heads, *(f"published {head}" for head in heads)] if published is not None else heads
         return Table(title, [*rows, *names], lines, f"{basis(settings)} {note}".strip())
