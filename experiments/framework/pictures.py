@@ -98,11 +98,11 @@ def _relplot(array, x, hue, row, col, **options):
 
 
 def _legend(grid, title):
-    """Beside the title, where it covers no panel."""
+    """Right of the panels, where it covers nothing."""
     if grid.legend:
         handles, words = grid.legend.legend_handles, [text.get_text() for text in grid.legend.get_texts()]
         grid.legend.remove()
-        grid.figure.legend(handles, words, title=title, loc="outside upper right", ncols=len(words), frameon=False)
+        grid.figure.legend(handles, words, title=title, loc="outside right upper", frameon=False)
 
 
 def _panels(grid, names):
