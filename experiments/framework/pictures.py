@@ -102,7 +102,7 @@ def _legend(grid, title):
     if grid.legend:
         handles, words = grid.legend.legend_handles, [text.get_text() for text in grid.legend.get_texts()]
         grid.legend.remove()
-        grid.figure.legend(handles, words, title=title, loc="outside right upper", frameon=False)
+        grid.figure.legend(handles, words, title=title, loc="outside right center", frameon=False)
 
 
 def _panels(grid, names):
