@@ -49,9 +49,9 @@ from jaxbn._fold import fold_preceding as fold_preceding
 from jaxbn._fold import fold_variables as fold_variables
 from jaxbn._fold import unfold as unfold
 from jaxbn._fold import unfold_variables as unfold_variables
+from jaxbn._measure import moments as moments
 from jaxbn._moments import Moments as Moments
 from jaxbn._moments import merge_moments as merge_moments
-from jaxbn._moments import moments as moments
 from jaxbn._normalize import batch_normalize as batch_normalize
 from jaxbn._normalize import normalize as normalize
 from jaxbn._normalizer import Normalizer as Normalizer

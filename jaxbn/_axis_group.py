@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 class AxisGroup(NamedTuple):
     """The named axes whose shards share statistics; hashable, so that it can stand among static arguments.
 
-    With groups, totals are rows, one a group, the same on every shard: one collective that works under shard_map's
+    With groups, `psum` returns [groups, ...], equal on every shard: one collective that works under shard_map's
     varying-axis check, pmap and vmap alike, and from which running statistics are pooled without another.
 
     Attributes:
@@ -47,7 +47,7 @@ class AxisGroup(NamedTuple):
             )
         return len(self.groups[0])
 
-    def total(self, tree):
+    def psum(self, tree):
         """Sum of each leaf over the shards, [groups, ...] with groups; all leaves in one collective."""
         if self.axis_name is None:
             return tree
@@ -57,14 +57,14 @@ class AxisGroup(NamedTuple):
         mine = jnp.arange(len(self.groups)) == self._group()
         return jax.vmap(unravel)(lax.psum(jnp.where(mine[:, None], flat[None], 0), self.axis_name))
 
-    def own(self, tree):
-        """This shard's group's entry of what `total` returned."""
+    def select_group(self, tree):
+        """This shard's group's entry of what `psum` returned."""
         if self.groups is None:
             return tree
         return jax.tree.map(lambda rows: lax.dynamic_index_in_dim(rows, self._group(), keepdims=False), tree)
 
-    def row(self, v: jax.Array) -> jax.Array:
-        """A vector that all groups share, shaped to meet what `total` returns."""
+    def add_group_axis(self, v: jax.Array) -> jax.Array:
+        """A vector that all groups share, shaped to meet what `psum` returns."""
         return v if self.groups is None else jnp.expand_dims(v, 0)
 
     def _group(self):
@@ -87,3 +87,9 @@ def axis_group_of(axis_name, axis_index_groups) -> AxisGroup:
     if not groups or len({len(group) for group in groups}) != 1 or not groups[0]:
         raise ValueError(f"axis_index_groups={groups} has groups of unequal size; expected groups of one size.")
     return AxisGroup(axis_name, groups)
+
+
+def varying_axes(x: jax.Array) -> frozenset:
+    """Names of the mesh axes over which x differs inside shard_map; the attribute was called vma up to jax 0.10.1."""
+    aval = jax.typeof(x)
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma

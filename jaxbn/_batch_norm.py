@@ -6,23 +6,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxbn._affine import Activation, Initializer, affine_of
 from jaxbn._axis_group import AxisGroup, axis_group_of
+from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import (
-    Initializer,
-    affine_of,
-    check_decay,
-    check_several,
-    checked,
-    feature_shape,
-    reduced_axes,
-    stats_dtype,
-)
-from jaxbn._moments import Measured, inexact, pool_moments
-from jaxbn._normalize import Activation, checked_epsilon, normalize, normalize_by_batch
+from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._moments import Measured, pool_moments
+from jaxbn._normalize import normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import running_normalizer
-from jaxbn._running import init_batch_stats, running_moments, update_batch_stats
+from jaxbn._running import batch_stats_names, init_batch_stats, running_moments, update_batch_stats
 
 _SEVERAL = (
     "Train on more examples, share statistics across devices with axis_name, use train=False, or pass"
@@ -95,7 +88,7 @@ def batch_norm(
         axis_index_groups; and, from init and apply, inputs whose shapes do not fit.
     """
     _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups)
-    shared = axis_group_of(axis_name, axis_index_groups)
+    axis_group = axis_group_of(axis_name, axis_index_groups)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
     def init(key, x):
@@ -107,26 +100,24 @@ def batch_norm(
         del rng
         x = inexact(x)
         shape, axes = feature_shape(x, feature_axis), reduced_axes(x.ndim, feature_axis)
-        kept = dict.fromkeys(variables.get("batch_stats", ()), shape)
+        kept = dict.fromkeys(batch_stats_names(decay=decay, debias=debias), shape)
         params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), kept)
         scale, bias = params.get("scale"), params.get("bias")
         out = dict(epsilon=epsilon, activation=activation, dtype=dtype)
         if not train:
             mean, var = running_moments(batch_stats, debias=debias)
             return normalize(x, mean, var, scale, bias, axis=axes, residual=residual, **out), None
-        axis_group, ghosts = _scope(shared, x.shape, axes, group_size)
+        scope, ghosts = _scope(axis_group, x.shape, axes, group_size)
         if not allow_single_value:
-            check_several(x, axes, axis_group, f"feature_axis={feature_axis} keeps the others. {_SEVERAL}", ghosts)
+            check_several(x, axes, scope, f"feature_axis={feature_axis} keeps the others. {_SEVERAL}", ghosts)
         batch = dict(where=where, weights=weights, residual=residual)
         if ghosts is None:
             guess = _guess(batch_stats, x, debias)
-            y, measured = normalize_by_batch(
-                x, scale, bias, axis=axes, axis_group=axis_group, guess=guess, **batch, **out
-            )
+            y, measured = normalize_by_batch(x, scale, bias, axis=axes, axis_group=scope, guess=guess, **batch, **out)
         else:
             y, measured = _ghost(x, scale, bias, axes, ghosts, batch, out)
         batch_axis = None if ghosts is None else axes[0]
-        return y, _pooled(jax.lax.stop_gradient(measured), shared, axis_group, pool_axis_name, batch_axis)
+        return y, _pooled(jax.lax.stop_gradient(measured), axis_group, scope, pool_axis_name, batch_axis)
 
     rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
     update = partial(update_batch_stats, **rule)
@@ -134,19 +125,19 @@ def batch_norm(
     return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, axis_group=everyone)
 
 
-def _scope(shared, shape, axes, group_size) -> tuple[AxisGroup, int | None]:
+def _scope(axis_group, shape, axes, group_size) -> tuple[AxisGroup, int | None]:
     """The shards that share mean and var, and how many examples of a shard do, or None for all of them."""
-    shards = shared.size()  # ValueError where the axis is not bound.
+    shards = axis_group.size()  # ValueError where the axis is not bound.
     if group_size is None:
-        return shared, None
+        return axis_group, None
     if not axes:
         raise ValueError(f"group_size={group_size} splits the examples of x, which has shape {shape} and none.")
     batch = shape[axes[0]]
     if batch and group_size % batch == 0 and shards % (group_size // batch) == 0:
         run = group_size // batch
         if run in (1, shards):
-            return shared if run == shards else AxisGroup(), None
-        return shared._replace(groups=tuple(tuple(range(i, i + run)) for i in range(0, shards, run))), None
+            return axis_group if run == shards else AxisGroup(), None
+        return axis_group._replace(groups=tuple(tuple(range(i, i + run)) for i in range(0, shards, run))), None
     if batch % group_size:
         raise ValueError(
             f"group_size={group_size} does not divide the batch of {batch} examples (x has shape {shape}), nor is it"
@@ -183,16 +174,16 @@ def _ghost(x, scale, bias, axes, group_size, batch, out) -> tuple[jax.Array, Mea
     return y.reshape(x.shape), measured
 
 
-def _pooled(measured, shared, axis_group, pool_axis_name, batch_axis) -> Measured:
+def _pooled(measured, axis_group, scope, pool_axis_name, batch_axis) -> Measured:
     """Moments of all groups and shards, for the running statistics; batch_axis is that of ghost groups, or None."""
-    names = [*_names(pool_axis_name), *(_names(shared.axis_name) if axis_group.axis_name is None else ())]
-    apart = AxisGroup(tuple(n for n in dict.fromkeys(names) if n not in _names(axis_group.axis_name)) or None)
+    names = [*_names(pool_axis_name), *(_names(axis_group.axis_name) if scope.axis_name is None else ())]
+    others = AxisGroup(tuple(n for n in dict.fromkeys(names) if n not in _names(scope.axis_name)) or None)
     # The rows of groups of shards come first, those of ghost groups where the batch axis was.
-    axis = batch_axis if batch_axis is not None else () if axis_group.groups is None else 0
-    if axis == () and apart.axis_name is None:
+    axis = batch_axis if batch_axis is not None else () if scope.groups is None else 0
+    if axis == () and others.axis_name is None:
         return measured
-    apart.size()
-    return pool_moments(measured, axis, apart)
+    others.size()
+    return pool_moments(measured, axis, others)
 
 
 def _names(axis_name):

@@ -38,14 +38,14 @@ class Rows(NamedTuple):
         """What `lay` was given."""
         return x.reshape(self.shape)
 
-    def spread(self, v: jax.Array) -> jax.Array:
-        """A vector [features] that broadcasts to the rows; transposed, as `total`."""
+    def broadcast(self, v: jax.Array) -> jax.Array:
+        """A vector [features] that broadcasts to the rows; transposed, as `sum`."""
         if self.beside == 1:
             return jnp.expand_dims(v, self.axes)
         beside = jnp.tile(jnp.broadcast_to(v, self.features).ravel(), self.beside)
         return lax.optimization_barrier(beside)[None, None]
 
-    def total(self, x: jax.Array) -> jax.Array:
+    def sum(self, x: jax.Array) -> jax.Array:
         """Sum over the array that lies in rows: [features]. The barrier keeps XLA from making one short sum of two."""
         if self.beside == 1:
             return jnp.sum(x, self.axes)
@@ -67,7 +67,7 @@ def long_rows(shape: tuple[int, ...], axes: tuple[int, ...]) -> Rows:
     return Rows(shape, axes, beside)
 
 
-def unshared(tree, number: int):
+def unfused(tree, number: int):
     """The same arrays, which XLA:CPU takes for others: one number for each sum over them.
 
     It converts, subtracts and squares inside a sum, tile by tile, unless another operation uses the converted or the
@@ -78,8 +78,8 @@ def unshared(tree, number: int):
     return tree
 
 
-def shared(tree, number: int):
-    """What `unshared` is to compilers that fuse better without barriers: nothing."""
+def as_they_are(tree, number: int):
+    """What `unfused` is to compilers that fuse better without barriers: nothing."""
     del number
     return tree
 

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._arithmetic import at_least_float32
+from jaxbn._inputs import canonical_axes
 from jaxbn._layers import find_layers, flat_names, nested_names
-from jaxbn._moments import Moments, at_least_float32, canonical_axes
+from jaxbn._moments import Moments
 from jaxbn._running import running_moments
 
 # Paddings that repeat or leave out values, and never insert a zero that batch norm has not seen.

@@ -1,7 +1,6 @@
 """Standardize, scale and shift: with given statistics, or with the array's own and gradients through them."""
 
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,21 +9,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxbn._axis_group import AxisGroup, axis_group_of
-from jaxbn._cpu import Rows, long_rows, on_cpu, shared, unshared
-from jaxbn._moments import (
-    Measured,
-    Moments,
-    at_least_float32,
-    canonical_axes,
-    combined_weights,
-    inexact,
-    inner,
-    measure_groups,
-    tangent_means,
-)
-
-Activation = Callable[[jax.Array], jax.Array]
+from jaxbn._affine import Activation
+from jaxbn._arithmetic import at_least_float32, inner
+from jaxbn._axis_group import AxisGroup, axis_group_of, varying_axes
+from jaxbn._checks import check_features, check_residual, checked_epsilon
+from jaxbn._cpu import Rows, as_they_are, long_rows, on_cpu, unfused
+from jaxbn._inputs import canonical_axes, combined_weights, inexact
+from jaxbn._measure import measure_groups, tangent_means
+from jaxbn._moments import Measured, Moments
 
 # By these names the policies of a `jax.checkpoint` know what the derivative rule keeps: vectors, and the input.
 STATISTICS = "jaxbn_statistics"
@@ -69,8 +61,8 @@ def normalize(
     axes = canonical_axes(axis, x.ndim)
     mean, var = jnp.asarray(mean), jnp.asarray(var)
     for name, value in (("mean", mean), ("var", var), ("scale", scale), ("bias", bias)):
-        _check_features(name, value, x, axes)
-    _check_residual(residual, x)
+        check_features(name, value, x, axes)
+    check_residual(residual, x)
     spec = _Spec(axes, AxisGroup(), checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
     measured = Measured(jnp.zeros(()), mean, jnp.zeros_like(mean), var)
     return jax.checkpoint(_affine, prevent_cse=False, static_argnums=(6,))(
@@ -124,18 +116,18 @@ def batch_normalize(
     axis_group = axis_group_of(axis_name, axis_index_groups)
     how = dict(axis=axis, epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
     y, measured = normalize_by_batch(x, scale, bias, where=where, weights=weights, axis_group=axis_group, **how)
-    return y, axis_group.own(measured.moments)
+    return y, axis_group.select_group(measured.moments)
 
 
 def normalize_by_batch(
     x, scale, bias, *, axis, epsilon, where, weights, axis_group, activation, residual, dtype, guess=None
 ) -> tuple[jax.Array, Measured]:
-    """`batch_normalize` for an AxisGroup, with a guess for `measure_groups`; measured as `AxisGroup.total` gives it."""
+    """`batch_normalize` for an AxisGroup, with a guess for `measure_groups`; measured as `AxisGroup.psum` gives it."""
     x = inexact(x)
     axes = canonical_axes(axis, x.ndim)
-    _check_features("scale", scale, x, axes)
-    _check_features("bias", bias, x, axes)
-    _check_residual(residual, x)
+    check_features("scale", scale, x, axes)
+    check_features("bias", bias, x, axes)
+    check_residual(residual, x)
     spec = _Spec(axes, axis_group, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
     return _standardize(x, scale, bias, residual, combined_weights(x, where, weights), guess, spec)
 
@@ -152,7 +144,7 @@ class _Spec(NamedTuple):
 
 def _affine(x, measured, scale, bias, residual, weights, spec):
     """The output, from given statistics; one pass over x."""
-    own = spec.axis_group.own(measured)
+    own = spec.axis_group.select_group(measured)
     gain, offset = _gain_and_offset(own, scale, bias, spec)
     rows = Rows(x.shape, spec.axes)
     y = _before_activation(rows, x, own.mean, gain, offset, residual, weights)
@@ -167,13 +159,13 @@ def _gain_and_offset(measured, scale, bias, spec):
 
 
 def _before_activation(rows, x, mean, gain, offset, residual, weights):
-    y = _deviations(rows, x, mean, weights) * rows.spread(gain) + rows.spread(offset)
+    y = _deviations(rows, x, mean, weights) * rows.broadcast(gain) + rows.broadcast(offset)
     return y if residual is None else y + at_least_float32(residual)
 
 
 def _deviations(rows, x, mean, weights):
     """X minus its mean as one float; what rounding that lost is made good by vectors."""
-    c = at_least_float32(x) - rows.spread(mean)
+    c = at_least_float32(x) - rows.broadcast(mean)
     # Padding may hold anything, and a NaN in y would come back in every gradient: times a cotangent of 0 it is NaN.
     return c if weights is None else jnp.where((weights == 0) & ~jnp.isfinite(c), 0, c)
 
@@ -214,13 +206,13 @@ def _known_statistics(x, weights, guess, spec):
 # the backward pass.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbias, dresidual):
-    axes, own, row = spec.axes, spec.axis_group.own, spec.axis_group.row
+    axes, own, row = spec.axes, spec.axis_group.select_group, spec.axis_group.add_group_axis
     rstd = lax.rsqrt(measured.var + spec.epsilon)
     gain = rstd if scale is None else row(scale) * rstd
     rows = Rows(x.shape, axes)
     vectors = own(measured.mean), own(rstd)
-    x_once, mean, unit = on_cpu(partial(unshared, number=3), partial(shared, number=3), (x, *vectors))
-    c = _deviations(rows, x_once, mean, weights) * rows.spread(unit)
+    x_once, mean, unit = on_cpu(partial(unfused, number=3), partial(as_they_are, number=3), (x, *vectors))
+    c = _deviations(rows, x_once, mean, weights) * rows.broadcast(unit)
     mean_dx, mean_xhat_dx = tangent_means(at_least_float32(dx), c, weights, measured.count, axes, spec.axis_group)
     mean_xhat_dx = mean_xhat_dx - inner(measured.remainder, mean_dx) * rstd
     means = _varying_together(
@@ -240,7 +232,7 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
 def _output_tangent(spec, x, residual, weights, vectors, dx, dresidual):
     """activation'(y) (gain dx + dresidual + shift + slope (x - mean)), y from the first three vectors.
 
-    On a CPU the terms are kept apart, so that what they transpose to are sums in which XLA:CPU reads cotangent and x
+    On a CPU the terms are kept separate, so that what they transpose to are sums in which XLA:CPU reads cotangent and x
     as they are; without an activation each is rounded by itself and sums take long rows. Else the cotangent has to be
     written first, times the derivative of the activation; long rows then gain nothing.
     """
@@ -248,26 +240,26 @@ def _output_tangent(spec, x, residual, weights, vectors, dx, dresidual):
     long = long_rows(x.shape, spec.axes) if weights is None else short
     change = partial(_change, spec, weights)
     if spec.activation is None:
-        cpu = partial(change, long, unshared, spec.dtype)
+        cpu = partial(change, long, unfused, spec.dtype)
     else:
-        cpu = partial(change, short, unshared, None)
-    default = partial(change, short, shared, None)
+        cpu = partial(change, short, unfused, None)
+    default = partial(change, short, as_they_are, None)
     return on_cpu(cpu, default, x, residual, vectors, dx, dresidual)
 
 
-def _change(spec, weights, rows, apart, term_dtype, x, residual, vectors, dx, dresidual):
+def _change(spec, weights, rows, separate, term_dtype, x, residual, vectors, dx, dresidual):
     """`_output_tangent` for an array in rows; each term is rounded to term_dtype by itself, unless that is None."""
     mean, gain_of_y, offset_of_y, gain, shift, slope = vectors
-    first = rows.spread(gain) * at_least_float32(rows.lay(dx))
+    first = rows.broadcast(gain) * at_least_float32(rows.lay(dx))
     first = first if dresidual is None else first + at_least_float32(rows.lay(dresidual))
-    second = jnp.broadcast_to(rows.spread(shift), first.shape)
-    x_again, mean_again, slope = apart((rows.lay(x), mean, slope), 4)
-    third = _deviations(rows, x_again, mean_again, weights) * rows.spread(slope)
+    second = jnp.broadcast_to(rows.broadcast(shift), first.shape)
+    x_again, mean_again, slope = separate((rows.lay(x), mean, slope), 4)
+    third = _deviations(rows, x_again, mean_again, weights) * rows.broadcast(slope)
     terms = (v if term_dtype is None else v.astype(term_dtype) for v in (first, second, third))
-    first, second, third = (apart(v, number) for number, v in enumerate(terms))
+    first, second, third = (separate(v, number) for number, v in enumerate(terms))
     dy = rows.back(first + second + third)
     if spec.activation is not None:
-        y = _before_activation(rows, apart(x, 5), mean, gain_of_y, offset_of_y, residual, weights)
+        y = _before_activation(rows, separate(x, 5), mean, gain_of_y, offset_of_y, residual, weights)
         dy = jax.jvp(spec.activation, (y,), (dy,))[1]
     return dy.astype(spec.dtype)
 
@@ -284,32 +276,3 @@ def _varying_together(tree, axis_group, *others):
 
 def _varying(vectors):
     return frozenset().union(*map(varying_axes, vectors))
-
-
-def varying_axes(x: jax.Array) -> frozenset:
-    """Names of the mesh axes over which x differs inside shard_map; the attribute was called vma up to jax 0.10.1."""
-    aval = jax.typeof(x)
-    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
-
-
-def checked_epsilon(epsilon: float) -> float:
-    """Epsilon as a float; ValueError unless finite and not negative."""
-    if not (epsilon >= 0 and math.isfinite(epsilon)):
-        raise ValueError(f"epsilon={epsilon}; expected a finite number of at least 0, such as 1e-5.")
-    return float(epsilon)
-
-
-def _check_features(name, value, x, axes):
-    if value is None:
-        return
-    features = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
-    shape = jnp.shape(value)
-    if len(shape) != len(features) or any(a not in (1, b) for a, b in zip(shape, features, strict=True)):
-        raise ValueError(
-            f"{name} has shape {shape}; x of shape {x.shape} reduced over axes {axes} has features of shape {features}."
-        )
-
-
-def _check_residual(residual, x):
-    if residual is not None and jnp.shape(residual) != x.shape:
-        raise ValueError(f"residual has shape {jnp.shape(residual)}; expected x's shape {x.shape}.")

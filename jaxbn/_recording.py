@@ -23,9 +23,10 @@ from jax import lax
 
 from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import reduced_axes
+from jaxbn._inputs import combined_weights, inexact, reduced_axes
 from jaxbn._layers import leaves_by_path, replace_layers
-from jaxbn._moments import Measured, Moments, combined_weights, inexact, measure
+from jaxbn._measure import measure
+from jaxbn._moments import Measured, Moments, merge_measured
 from jaxbn._normalizer import Normalizer
 from jaxbn._running import BatchStats
 
@@ -196,17 +197,3 @@ def _added(rows, measured, update):
     recorded = {"mean": (pooled.mean, pooled.remainder, pooled.count), "var": (pooled.var,)}
     moved = {} if update is None else {name: (value,) for name, value in update(running, pooled.moments).items()}
     return {name: jnp.stack([running[name], *recorded.get(name, ()), *moved.get(name, ())], -1) for name in rows}
-
-
-def merge_measured(a: Measured, b: Measured) -> Measured:
-    """`merge_moments` for means kept as two floats, [features] each; an empty side leaves the other as it is."""
-    b = b._replace(count=jnp.broadcast_to(b.count, a.count.shape))
-    count = a.count + b.count
-    share = b.count / jnp.where(count == 0, 1, count)
-    apart = (b.mean - a.mean) + (b.remainder - a.remainder)
-    mean = a.mean + apart * share
-    remainder = ((a.mean - mean) + apart * share) + a.remainder
-    var = a.var * (1 - share) + b.var * share + jnp.abs(apart) ** 2 * share * (1 - share)
-    both = Measured(count, mean, remainder, var)
-    first = jax.tree.map(lambda only_b, merged: jnp.where(a.count == 0, only_b, merged), b, both)
-    return jax.tree.map(lambda only_a, merged: jnp.where(b.count == 0, only_a, merged), a, first)

@@ -9,6 +9,11 @@ from jaxbn._moments import Moments
 BatchStats = dict[str, jax.Array]
 
 
+def batch_stats_names(*, decay: float | None, debias: bool = False) -> tuple[str, ...]:
+    """The entries that `init_batch_stats` makes for these hyperparameters."""
+    return ("mean", "var", "weight") if debias or decay is None else ("mean", "var")
+
+
 def init_batch_stats(
     shape: tuple[int, ...],
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -31,7 +36,7 @@ def init_batch_stats(
     real = jnp.zeros((), dtype).real.dtype
     start = jnp.zeros if debias else jnp.ones
     batch_stats = {"mean": jnp.zeros(shape, dtype), "var": start(shape, real)}
-    if debias or decay is None:
+    if "weight" in batch_stats_names(decay=decay, debias=debias):
         batch_stats["weight"] = jnp.zeros(shape, real)
     return batch_stats
 

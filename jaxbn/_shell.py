@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._batch_norm import batch_norm
-from jaxbn._features import SingleValueError
+from jaxbn._checks import SingleValueError
 from jaxbn._normalizer import Normalizer
 
 _SCOPE = ("axis_name", "axis_index_groups", "group_size", "pool_axis_name")

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._arithmetic import at_least_float32
 from jaxbn._batch_norm import batch_norm
 from jaxbn._layers import nested_names
-from jaxbn._moments import at_least_float32
 from jaxbn._running import running_moments
 
 Tensors = dict[str, np.ndarray]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._moments import canonical_axes
+from jaxbn._inputs import canonical_axes
 from jaxbn._normalizer import Normalizer
 from jaxbn._running import init_batch_stats
 from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask

@@ -38,7 +38,7 @@ def test_rows_hold_the_array_and_its_sums(shape, axes):
     rows = long_rows(shape, axes)
     x = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape)  # Sums are exact.
     np.testing.assert_array_equal(rows.back(rows.lay(x)), x)
-    np.testing.assert_array_equal(rows.total(rows.lay(x)), x.sum(axes))
+    np.testing.assert_array_equal(rows.sum(rows.lay(x)), x.sum(axes))
 
 
 @pytest.mark.parametrize(("shape", "axes"), FEW_FEATURES + AS_THEY_ARE)
@@ -47,11 +47,11 @@ def test_a_vector_spreads_over_the_features_and_transposes_to_sums(shape, axes):
     v = jnp.arange(np.prod(rows.features, dtype=int), dtype=jnp.float32).reshape(rows.features)
     x = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.float32).reshape(shape)
 
-    def spread(v):
-        return rows.back(jnp.broadcast_to(rows.spread(v), rows.lay(x).shape))
+    def broadcast(v):
+        return rows.back(jnp.broadcast_to(rows.broadcast(v), rows.lay(x).shape))
 
-    np.testing.assert_array_equal(spread(v), jnp.broadcast_to(jnp.expand_dims(v, axes), shape))
-    np.testing.assert_array_equal(jax.linear_transpose(spread, v)(x)[0], x.sum(axes))
+    np.testing.assert_array_equal(broadcast(v), jnp.broadcast_to(jnp.expand_dims(v, axes), shape))
+    np.testing.assert_array_equal(jax.linear_transpose(broadcast, v)(x)[0], x.sum(axes))
 
 
 @pytest.mark.parametrize("sizes", ["b, h, w, 6", "b, 8, 8, 6", "b, 8, 8, c", "b, h, w, c"])

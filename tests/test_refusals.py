@@ -10,6 +10,7 @@ import pytest
 
 import jaxbn
 from jaxbn import batch_norm
+from jaxbn._checks import SingleValueError
 
 KEY = jax.random.key(0)
 
@@ -18,7 +19,7 @@ def refused(exception, call, *arguments, says):
     """Check that the traced call raises, and that the message holds every fragment in `says`."""
     with pytest.raises(exception) as error:
         jax.eval_shape(call, *arguments)
-    assert type(error.value) in (ValueError, TypeError)
+    assert type(error.value) in (ValueError, TypeError, SingleValueError)
     missing = [fragment for fragment in says if fragment not in str(error.value)]
     assert not missing, f"the message lacks {missing}: {error.value}"
 
@@ -251,6 +252,30 @@ def test_variables_without_statistics():
     norm = batch_norm()
     params = {"params": norm.init(KEY, jnp.zeros((8, 5)))["params"]}
     refused(ValueError, lambda x: norm.apply(params, x, train=True), jnp.zeros((8, 5)), says=["params", "batch_stats"])
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "test"])
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, ()),
+        ({}, ("mean",)),
+        ({}, ("mean", "var", "weight")),
+        (dict(debias=True), ("mean", "var")),
+        (dict(decay=None), ("mean", "var")),
+    ],
+    ids=["nothing", "no variance", "weight without debias", "old checkpoint and debias", "old checkpoint and no decay"],
+)
+def test_statistics_that_the_hyperparameters_do_not_expect(options, names, mode):
+    norm = batch_norm(**options)
+    variables = norm.init(KEY, jnp.zeros((8, 5))) | {"batch_stats": {name: jnp.ones(5) for name in names}}
+    expected = "['mean', 'var', 'weight']" if options else "['mean', 'var']"
+    refused(
+        ValueError,
+        lambda x: norm.apply(variables, x, train=mode),
+        jnp.zeros((8, 5)),
+        says=["batch_stats", str(sorted(names)), f"expected {expected}"],
+    )
 
 
 @pytest.mark.parametrize("missing", ["scale", "bias"])

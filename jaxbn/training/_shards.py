@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import lax
 
-from jaxbn._normalize import varying_axes
+from jaxbn._axis_group import varying_axes
 
 Axis = Hashable | tuple[Hashable, ...]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxbn._normalize import varying_axes
+from jaxbn._axis_group import varying_axes
 from jaxbn._recording import finish_pooling, start_pooling
 from jaxbn.training._shards import Shards
 from jaxbn.training._state import Loss, LossOutput, TrainState

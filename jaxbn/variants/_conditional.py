@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxbn._affine import Activation, Initializer, scale_shift
 from jaxbn._batch_norm import batch_norm
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import Activation, Initializer, feature_shape, reduced_axes, scale_shift, stats_dtype
-from jaxbn._moments import inexact
+from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
 from jaxbn._normalizer import Normalizer
 
 

@@ -5,20 +5,11 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
 from jaxbn._axis_group import axis_group_of
+from jaxbn._checks import checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import (
-    Activation,
-    Initializer,
-    affine_of,
-    along,
-    checked,
-    feature_shape,
-    reduced_axes,
-    scale_shift,
-)
-from jaxbn._moments import canonical_axes, combined_weights, inexact, size_of
-from jaxbn._normalize import checked_epsilon
+from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, size_of
 from jaxbn._normalizer import Normalizer
 from jaxbn.variants._root_mean_square import root_mean_square_normalize
 

@@ -5,22 +5,12 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
 from jaxbn._axis_group import axis_group_of
+from jaxbn._checks import check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import (
-    Activation,
-    Initializer,
-    affine_of,
-    along,
-    check_several,
-    checked,
-    feature_shape,
-    reduced_axes,
-    scale_shift,
-    stats_dtype,
-)
-from jaxbn._moments import canonical_axes, combined_weights, inexact
-from jaxbn._normalize import batch_normalize, checked_epsilon
+from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._normalize import batch_normalize
 from jaxbn._normalizer import Normalizer
 
 

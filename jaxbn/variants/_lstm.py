@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxbn._affine import Initializer
 from jaxbn._factory import Made, normalizer_factory
-from jaxbn._features import Initializer, stats_dtype
-from jaxbn._moments import inexact
+from jaxbn._inputs import inexact, stats_dtype
 from jaxbn.variants._recurrent import recurrent_batch_norm
 
 

@@ -6,23 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
 from jaxbn._axis_group import AxisGroup, axis_group_of
+from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import (
-    Activation,
-    Initializer,
-    affine_of,
-    along,
-    check_decay,
-    check_several,
-    checked,
-    feature_shape,
-    reduced_axes,
-    scale_shift,
-    stats_dtype,
-)
-from jaxbn._moments import Moments, canonical_axes, centered, combined_weights, inexact, measure
-from jaxbn._normalize import checked_epsilon
+from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._measure import centered, measure
+from jaxbn._moments import Moments
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import running_normalizer
 from jaxbn._running import update_batch_stats

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from jaxbn._affine import Activation
+from jaxbn._arithmetic import at_least_float32
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import Activation, feature_shape, reduced_axes
-from jaxbn._moments import at_least_float32
+from jaxbn._inputs import feature_shape, reduced_axes
 from jaxbn._normalizer import Normalizer
 
 

@@ -5,9 +5,10 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxbn._features import along
-from jaxbn._moments import Moments, canonical_axes, moments
-from jaxbn._normalize import checked_epsilon
+from jaxbn._checks import checked_epsilon
+from jaxbn._inputs import along, canonical_axes
+from jaxbn._measure import moments
+from jaxbn._moments import Moments
 
 
 def penalty(

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._affine import Initializer
 from jaxbn._batch_norm import batch_norm
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import Initializer
 from jaxbn._normalizer import Normalizer
 
 _TENTH = jax.nn.initializers.constant(0.1)

@@ -6,22 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
 from jaxbn._axis_group import axis_group_of
+from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import (
-    Activation,
-    Initializer,
-    affine_of,
-    check_decay,
-    check_several,
-    checked,
-    feature_shape,
-    reduced_axes,
-    scale_shift,
-    stats_dtype,
-)
-from jaxbn._moments import inexact
-from jaxbn._normalize import checked_epsilon, normalize, normalize_by_batch
+from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._normalize import normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import running_normalizer
 from jaxbn._running import init_batch_stats, running_moments, update_batch_stats
@@ -124,7 +114,7 @@ def batch_renorm(
             check_several(x, axes, axis_group, "Train on more examples, or pass allow_single_value=True.")
         batch = dict(where=where, weights=weights, dtype=stats_dtype(x), activation=None, residual=None)
         xhat, rows = normalize_by_batch(x, None, None, axis=axes, epsilon=epsilon, axis_group=axis_group, **batch)
-        measured = axis_group.own(rows)
+        measured = axis_group.select_group(rows)
         limits = _limits(batch_stats["step"] if step is None else step)
         r, d = _correction(batch_stats, measured.moments, *limits, epsilon)
         # scale * (xhat r + d) + bias, as one multiplication and one addition for each element.

@@ -7,19 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
+from jaxbn._arithmetic import at_least_float32, inner, weighted_sum
 from jaxbn._axis_group import AxisGroup, axis_group_of
+from jaxbn._checks import checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import (
-    Activation,
-    Initializer,
-    affine_of,
-    along,
-    checked,
-    feature_shape,
-    scale_shift,
-)
-from jaxbn._moments import at_least_float32, canonical_axes, combined_weights, inexact, inner, size_of, weighted_sum
-from jaxbn._normalize import checked_epsilon
+from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, size_of
 from jaxbn._normalizer import Normalizer
 
 # Squares are summed of x / 1024, which is exact, so that the sum over millions of values of 1e18 stays in float32.
@@ -120,8 +113,8 @@ def _inverse_root(x, epsilon, weights, axes, axis_group):
 def _mean(values, weights, axes, axis_group):
     """Weighted mean over axes and shards, which stay as axes of length 1."""
     if weights is None:
-        count, total = size_of(values.shape, axes) * axis_group.size(), axis_group.total(jnp.sum(values, axes))
+        count, total = size_of(values.shape, axes) * axis_group.size(), axis_group.psum(jnp.sum(values, axes))
         return jnp.expand_dims(total / count, axes)
     count = jnp.sum(jnp.broadcast_to(weights, values.shape), axes)
-    count, total = axis_group.total((count, weighted_sum(values, weights, axes)))
+    count, total = axis_group.psum((count, weighted_sum(values, weights, axes)))
     return jnp.expand_dims(jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count)), axes)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxbn._batch_norm import batch_norm
 from jaxbn._factory import normalizer_factory
-from jaxbn._moments import inexact
+from jaxbn._inputs import inexact
 from jaxbn._normalizer import Normalizer
 
 

@@ -7,21 +7,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._affine import Activation, Initializer, affine_of
 from jaxbn._axis_group import axis_group_of
+from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import (
-    Activation,
-    Initializer,
-    affine_of,
-    check_decay,
-    check_several,
-    checked,
-    feature_shape,
-    reduced_axes,
-    stats_dtype,
-)
-from jaxbn._moments import inexact
-from jaxbn._normalize import checked_epsilon, normalize, normalize_by_batch
+from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._normalize import normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import running_normalizer
 from jaxbn._running import init_batch_stats, running_moments, update_batch_stats
@@ -103,7 +94,7 @@ def stochastic_batch_norm(
         check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
         batch = dict(where=where, weights=weights, axis_group=axis_group)
         y, rows = normalize_by_batch(x, scale, bias, axis=axes, **batch, **out)
-        return y, axis_group.own(rows)
+        return y, axis_group.select_group(rows)
 
     def _kept(shape):
         running = dict.fromkeys(("mean", "var") if decay is not None else ("mean", "var", "weight"), shape)

@@ -7,21 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
 from jaxbn._axis_group import axis_group_of
+from jaxbn._checks import checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import (
-    Activation,
-    Initializer,
-    affine_of,
-    along,
-    checked,
-    feature_shape,
-    reduced_axes,
-    scale_shift,
-    stats_dtype,
-)
-from jaxbn._moments import Measured, Moments, centered, combined_weights, inexact, measure, merge_moments
-from jaxbn._normalize import checked_epsilon
+from jaxbn._inputs import along, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._measure import centered, measure
+from jaxbn._moments import Measured, Moments, merge_moments
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import unrecordable
 

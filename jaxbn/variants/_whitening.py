@@ -6,23 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
 from jaxbn._axis_group import axis_group_of
+from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._features import (
-    Activation,
-    Initializer,
-    affine_of,
-    along,
-    check_decay,
-    check_several,
-    checked,
-    feature_shape,
-    reduced_axes,
-    scale_shift,
-    stats_dtype,
-)
-from jaxbn._moments import canonical_axes, centered, combined_weights, inexact, measure
-from jaxbn._normalize import checked_epsilon
+from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._measure import centered, measure
 from jaxbn._normalizer import Normalizer
 from jaxbn._recording import unrecordable
 from jaxbn.variants._inverse_root import inverse_square_root
@@ -142,7 +131,7 @@ def whitening_norm(
         if weights is None:
             # Each factor takes its root of the share, so that the sum of squares has room in float32.
             rows = rows * jnp.sqrt(share)
-            return axis_group.total(_product("ngi,ngj->gij", rows, rows))
+            return axis_group.psum(_product("ngi,ngj->gij", rows, rows))
         (axis,) = canonical_axes(feature_axis, c.ndim, "feature_axis")
         if weights.shape[axis] != 1:
             raise ValueError(
@@ -152,7 +141,7 @@ def whitening_norm(
         weights = jnp.broadcast_to(jnp.moveaxis(weights, axis, -1), (*jnp.moveaxis(c, axis, -1).shape[:-1], 1))
         weights = weights.reshape(-1, 1, 1)
         rows = jnp.where(weights == 0, 0, rows)
-        return axis_group.total(_product("ngi,ngj->gij", rows * share * weights, rows))
+        return axis_group.psum(_product("ngi,ngj->gij", rows * share * weights, rows))
 
     def _rows(c):
         return jnp.moveaxis(c, feature_axis, -1).reshape(-1, *_groups(c))
