@@ -1,7 +1,12 @@
 """Padding is silent: what a mask leaves out may be NaN or infinite and changes nothing that counts."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+
+from jaxbn._features import along
+from jaxbn._moments import combined_weights
 
 
 def silenced(x: jax.Array | None, weights: jax.Array | None, fill: jax.Array | float = 0) -> jax.Array | None:
@@ -17,4 +22,17 @@ def silenced(x: jax.Array | None, weights: jax.Array | None, fill: jax.Array | f
     """
     if x is None or weights is None:
         return x
-    return jnp.where((weights == 0) & ~jnp.isfinite(x), jnp.asarray(fill, x.dtype), x)
+    fill = jnp.asarray(fill)
+    fill = (fill if jnp.iscomplexobj(x) else fill.real).astype(x.dtype)
+    return jnp.where((weights == 0) & ~jnp.isfinite(x), fill, x)
+
+
+def at_running_mean(
+    x: jax.Array,
+    mean: jax.Array,
+    where: jax.Array | None,
+    weights: jax.Array | None,
+    feature_axis: int | Sequence[int],
+) -> jax.Array:
+    """`x` as an evaluation reads it: at the running mean, [features], wherever it has no weight and is not finite."""
+    return silenced(x, combined_weights(x, where, weights), along(mean, x.ndim, feature_axis))
