@@ -14,7 +14,8 @@ from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
 from jaxbn._moments import Measured, pool_moments
 from jaxbn._normalize import normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
-from jaxbn._recording import running_normalizer
+from jaxbn._padding import at_running_mean
+from jaxbn._recording import MeasuringNormalizer, running_normalizer
 from jaxbn._running import batch_stats_names, init_batch_stats, running_moments, update_batch_stats
 
 _SEVERAL = (
@@ -96,17 +97,27 @@ def batch_norm(
         batch_stats = init_batch_stats(shape, stats_dtype(x), decay=decay, debias=debias)
         return {"params": affine.init(key, shape), "batch_stats": batch_stats}
 
-    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
+    out = dict(epsilon=epsilon, activation=activation, dtype=dtype)
+    names = batch_stats_names(decay=decay, debias=debias)
+
+    def read(variables, x, train):
+        shape = feature_shape(x, feature_axis)
+        kept = dict.fromkeys(names, shape)
+        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), kept)
+        return params.get("scale"), params.get("bias"), batch_stats, reduced_axes(x.ndim, feature_axis)
+
+    def evaluate(variables, x, *, where, weights, rng=None, residual=None):
         del rng
         x = inexact(x)
-        shape, axes = feature_shape(x, feature_axis), reduced_axes(x.ndim, feature_axis)
-        kept = dict.fromkeys(batch_stats_names(decay=decay, debias=debias), shape)
-        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), kept)
-        scale, bias = params.get("scale"), params.get("bias")
-        out = dict(epsilon=epsilon, activation=activation, dtype=dtype)
-        if not train:
-            mean, var = running_moments(batch_stats, debias=debias)
-            return normalize(x, mean, var, scale, bias, axis=axes, residual=residual, **out), None
+        scale, bias, batch_stats, axes = read(variables, x, False)
+        mean, var = running_moments(batch_stats, debias=debias)
+        x = at_running_mean(x, mean, where, weights, feature_axis)
+        return normalize(x, mean, var, scale, bias, axis=axes, residual=residual, **out)
+
+    def train(variables, x, *, where, weights, rng=None, residual=None):
+        del rng
+        x = inexact(x)
+        scale, bias, batch_stats, axes = read(variables, x, True)
         scope, ghosts = _scope(axis_group, x.shape, axes, group_size)
         if not allow_single_value:
             check_several(x, axes, scope, f"feature_axis={feature_axis} keeps the others. {_SEVERAL}", ghosts)
@@ -122,7 +133,8 @@ def batch_norm(
     rule = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
     update = partial(update_batch_stats, **rule)
     everyone = AxisGroup((*_names(axis_name), *_names(pool_axis_name)) or None)
-    return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, axis_group=everyone)
+    measuring = MeasuringNormalizer(init, train, evaluate)
+    return running_normalizer(measuring, update, feature_axis=feature_axis, axis_group=everyone)
 
 
 def _scope(axis_group, shape, axes, group_size) -> tuple[AxisGroup, int | None]:

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 
+from jaxbn._record import is_recorded
+
 Layers = dict[str, dict[str, Any]]
 
 
@@ -53,7 +55,7 @@ def nested_names(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named_leaves(tree):
-    leaves, treedef = tree_flatten_with_path(tree)
+    leaves, treedef = tree_flatten_with_path(tree, is_leaf=is_recorded)
     return [(_split(path), leaf) for path, leaf in leaves], treedef
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
+import numpy as np
 
 from jaxbn._factory import Made, normalizer_factory
 
@@ -76,6 +77,12 @@ class Normalizer(Made, _Functions):
     ) -> "Normalizer":
         """Put two functions together; each takes the arguments of its protocol, and those it names itself."""
         return super().__new__(cls, cast(Init, init), cast(Apply, apply))
+
+
+def check_mode(train: bool) -> None:
+    """TypeError unless `train` is a Python or NumPy bool, known when the function is traced."""
+    if not isinstance(train, bool | np.bool_):
+        raise TypeError(f"train={train!r}; expected True or False, known at trace time: mark it static under jit.")
 
 
 @normalizer_factory

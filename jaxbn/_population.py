@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxbn._layers import Layers, find_layers, replace_layers
 from jaxbn._moments import Moments
-from jaxbn._recording import start_record
+from jaxbn._recording import recorded_moments, start_record
 
 Apply = Callable[[dict, Any], Any]
 
@@ -103,11 +103,24 @@ def _sweep(apply, variables, batches, *, by_running) -> dict[str, Moments]:
     records = {path: start_record(stats, by_running=by_running) for path, stats in layers.items()}
     started = {**variables, "batch_stats": replace_layers(variables["batch_stats"], records)}
     pooled = {}
-    for moved in _one_behind(apply(started, batch) for batch in batches):
-        batch = _read(records, find_layers(moved), by_running)
+    for moved in _one_behind(_applied(apply, started, variables, batch) for batch in batches):
+        batch = _read(records, find_layers(moved))
         pooled = {path: _merge(pooled[path], batch[path]) for path in batch} if pooled else batch
     _check(pooled)
     return pooled
+
+
+def _applied(apply, started, variables, batch):
+    """The network with records; TypeError where it takes its plain statistics only."""
+    try:
+        return apply(started, batch)
+    except (AttributeError, TypeError, ValueError) as error:
+        apply(variables, batch)
+        raise TypeError(
+            "a layer did not record: the network takes its batch_stats, but no records in their place. Every layer that"
+            " keeps a mean and a variance has to be a normalizer or a module of jaxbn, or made jaxbn.recordable. It"
+            f" said: {error}"
+        ) from error
 
 
 def _one_behind(results: Iterator) -> Iterator:
@@ -120,26 +133,22 @@ def _one_behind(results: Iterator) -> Iterator:
     yield from waiting
 
 
-def _read(records: Layers, moved: Layers, by_running) -> dict[str, Moments]:
+def _read(records: Layers, moved: Layers) -> dict[str, Moments]:
     """What one batch recorded, in float64."""
     read = {}
     for path, record in records.items():
-        mean, var = (_rows(path, name, record, moved.get(path, {}), by_running) for name in ("mean", "var"))
-        read[path] = Moments(mean[..., 3].real, mean[..., 1] + mean[..., 2], var[..., 1].real)
+        measured = recorded_moments(record, moved.get(path, {}))
+        if measured is None:
+            raise TypeError(
+                f"layer {path!r} did not record: a record went in, and what came back is none, or its running"
+                " statistics moved. The layer has to be a normalizer or a module of jaxbn, or made jaxbn.recordable;"
+                " and apply has to return the moved batch_stats alone, in linen apply(...,"
+                " mutable=['batch_stats'])[1]['batch_stats']."
+            )
+        arrays = (np.asarray(v) for v in measured)
+        count, mean, remainder, var = (v.astype(np.result_type(v, np.float64)) for v in arrays)
+        read[path] = Moments(count, mean + remainder, var)
     return read
-
-
-def _rows(path, name, record, moved, by_running):
-    start, rows = np.asarray(record[name]), np.asarray(moved.get(name))
-    if rows.shape != start.shape or not np.array_equal(rows[..., 0], start[..., 0], equal_nan=True):
-        raise TypeError(
-            f"layer {path!r} did not record: a record of shape {start.shape} went in as its {name}, and what came back"
-            f" has shape {rows.shape} or a running value that moved. The layer has to be a normalizer or a module of"
-            " jaxbn, or made jaxbn.recordable; and apply has to return the moved batch_stats alone, in linen"
-            " apply(..., mutable=['batch_stats'])[1]['batch_stats']."
-        )
-    rows = rows[..., 0, :] if by_running else rows
-    return rows.astype(np.result_type(rows, np.float64))
 
 
 def _merge(a: Moments, b: Moments) -> Moments:

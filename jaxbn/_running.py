@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._moments import Moments
+from jaxbn._axis_group import AxisGroup
+from jaxbn._moments import Measured, Moments, pool_moments
 
 BatchStats = dict[str, jax.Array]
 
@@ -79,11 +80,41 @@ def update_batch_stats(
     batch = {"mean": moments.mean, "var": _unbiased(moments) if unbiased else moments.var}
     if counted:
         batch["weight"] = jnp.ones_like(old["weight"])
-    accept = moments.count > 0
-    if skip_nonfinite:
-        accept &= jnp.all(jnp.isfinite(moments.mean) & jnp.isfinite(moments.var))
+    accept = accepts(moments.count > 0, moments.mean, moments.var, skip_nonfinite=skip_nonfinite)
     moved = _cumulative(old, batch) if decay is None else _exponential(old, batch, decay)
-    return {name: jnp.where(accept, moved[name].astype(old[name].dtype), old[name]) for name in old}
+    return moved_where(accept, old, moved)
+
+
+def accepts(seen: jax.Array, *statistics: jax.Array, skip_nonfinite: bool = True) -> jax.Array:
+    """Whether a batch moves the running statistics: a batch that is not finite changes nothing.
+
+    Args:
+      seen: boolean, whether the batch held anything, for all features or for each.
+      *statistics: of the batch.
+      skip_nonfinite: refuse the batch where any of these is not finite; False accepts it.
+
+    Returns:
+      Boolean, of the shape of `seen`.
+    """
+    for value in statistics if skip_nonfinite else ():
+        seen &= jnp.all(jnp.isfinite(value))
+    return seen
+
+
+def moved_where(accept: jax.Array, old: BatchStats, new: BatchStats) -> BatchStats:
+    """The new statistics where accepted, else the old ones, in the dtypes of the old; no gradient flows into them."""
+    old, new = lax.stop_gradient((old, new))
+    return {name: jnp.where(accept, new[name].astype(old[name].dtype), old[name]) for name in old}
+
+
+def over_all_groups(rows: Measured, axis_group: AxisGroup) -> Measured:
+    """Moments of all groups of shards pooled, for running statistics that are the same on every shard.
+
+    Args:
+      rows: as `AxisGroup.total` gives them: with groups [groups, features].
+      axis_group: the groups.
+    """
+    return rows if axis_group.groups is None else pool_moments(rows, 0)
 
 
 def running_moments(batch_stats: BatchStats, *, debias: bool = False) -> tuple[jax.Array, jax.Array]:

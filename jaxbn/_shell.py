@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxbn._batch_norm import batch_norm
 from jaxbn._checks import SingleValueError
 from jaxbn._normalizer import Normalizer
+from jaxbn._record import is_recorded
 
 _SCOPE = ("axis_name", "axis_index_groups", "group_size", "pool_axis_name")
 _FIELDS = (*_SCOPE, "epsilon", "unbiased", "debias", "use_scale", "use_bias", "activation", "skip_nonfinite")
@@ -52,10 +53,9 @@ def widened(batch_stats: dict[str, jax.Array], dtype: jax.typing.DTypeLike) -> d
     """Running statistics wide enough for an `x` of that dtype: at least float32, with a complex mean for complex x."""
     mean = jnp.promote_types(dtype, jnp.float32)
     real = jnp.finfo(mean).dtype
-    return {
-        name: jnp.asarray(value, jnp.promote_types(jnp.result_type(value), mean if name == "mean" else real))
-        for name, value in batch_stats.items()
-    }
+    # A leaf of a record has a dtype and an astype as arrays have.
+    leaves = {name: v if is_recorded(v) else jnp.asarray(v) for name, v in batch_stats.items()}
+    return {n: v.astype(jnp.promote_types(v.dtype, mean if n == "mean" else real)) for n, v in leaves.items()}
 
 
 def as_where(mask: jax.typing.ArrayLike | None) -> jax.Array | None:

@@ -11,6 +11,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from jaxbn._normalizer import Normalizer
+from jaxbn._record import running_part
 from jaxbn._running import init_batch_stats
 from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask
 
@@ -153,7 +154,7 @@ class BatchNorm(nnx.BatchNorm):
         """
         use_running_average = _chosen(use_running_average, self.use_running_average)
         variables = {name: getattr(self, name) for name in ("mean", "var", "weight") if hasattr(self, name)}
-        stats = {name: variable[...] for name, variable in variables.items()}
+        stats = {name: variable.get_value() for name, variable in variables.items()}
         x, params, dtype = self._promoted(x, stats)
         y, moved = apply_batch_norm(
             self,
@@ -171,7 +172,8 @@ class BatchNorm(nnx.BatchNorm):
 
     def _promoted(self, x, stats):
         scale, bias = (None if v is None else v[...] for v in (self.scale, self.bias))
-        arrays = (x, stats["mean"], stats["var"], scale, bias)
+        plain = running_part(stats)
+        arrays = (x, plain["mean"], plain["var"], scale, bias)
         promoted, _, _, scale, bias = self.promote_dtype(arrays, dtype=self.dtype)
         params = {name: v for name, v in (("scale", scale), ("bias", bias)) if v is not None}
         dtype = dtypes.canonicalize_dtype(promoted, scale, bias, dtype=self.dtype)
@@ -237,7 +239,7 @@ class Norm(nnx.Module):
         if "rng" not in arguments and self.rngs is not None:
             arguments["rng"] = self.rngs()
         trees = {"params": self.params, "batch_stats": self.batch_stats}
-        variables = jax.tree.map(lambda variable: variable[...], trees, is_leaf=_is_variable)
+        variables = jax.tree.map(lambda variable: variable.get_value(), trees, is_leaf=_is_variable)
         y, moved = self.norm.apply(variables, x, train=not use_running_average, **arguments)
         if not use_running_average:
             jax.tree.map(_assign, self.batch_stats, moved, is_leaf=_is_variable)
@@ -268,8 +270,5 @@ def _is_variable(node) -> bool:
 
 
 def _assign(variable, value):
-    # Assignment to [...] keeps the old dtype, and so loses the imaginary part of the first complex mean.
-    if value.dtype == variable[...].dtype:
-        variable[...] = value
-    else:
-        variable.set_value(value)
+    # Assignment to [...] would keep the old dtype, and so lose the imaginary part of the first complex mean.
+    variable.set_value(value)

@@ -10,15 +10,7 @@ import pytest
 from normalizers import CASES, draw, ready
 
 import jaxbn
-from jaxbn._fold import (
-    Following,
-    Preceding,
-    fold_following,
-    fold_preceding,
-    fold_variables,
-    unfold,
-    unfold_variables,
-)
+from jaxbn._fold import Following, Preceding, fold_following, fold_preceding, fold_variables, unfold, unfold_variables
 from jaxbn._population import input_moments
 from jaxbn._recording import recordable
 from jaxbn.linen import Norm

@@ -328,17 +328,10 @@ def microbatches_through_flax(features, **options):
         return step(training.init_state(variables, adam()), batch, KEY)
 
 
-@pytest.mark.parametrize("features", range(2, 7))
+@pytest.mark.parametrize("features", [1, 2, 5])
 def test_microbatches_of_layers_that_do_not_pool_are_refused(features):
     with pytest.raises(ValueError, match="pool=False"):
         microbatches_through_flax(features)
-
-
-def test_microbatches_of_layers_that_do_not_pool_move_a_single_feature_once_each():
-    """The statistics of one feature broadcast to those that pool: they come out as if pool were False."""
-    pooled, apart = microbatches_through_flax(1), microbatches_through_flax(1, pool=False)
-    jax.tree.map(np.testing.assert_array_equal, pooled, apart)
-    assert not apart[1]["skipped"]
 
 
 def ready(spread="shard_map", norm=NAMED, **options):

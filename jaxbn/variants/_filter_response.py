@@ -5,15 +5,16 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
+from jaxbn._affine import Activation, Initializer, scale_shift
 from jaxbn._axis_group import axis_group_of
-from jaxbn._checks import checked, checked_epsilon
+from jaxbn._checks import checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, size_of
+from jaxbn._inputs import canonical_axes, reduced_axes, size_of
 from jaxbn._normalizer import Normalizer
+from jaxbn._padding import silenced
+from jaxbn.variants._each_example import each_example_norm
 from jaxbn.variants._root_mean_square import root_mean_square_normalize
 
-_NAMES = ("scale", "bias", "threshold", "epsilon")
 _SMALL = jax.nn.initializers.constant(1e-4)
 
 
@@ -67,26 +68,9 @@ def filter_response_norm(
       ValueError: a negative epsilon; and from apply, one position without learn_epsilon, or params of another shape.
     """
     checked_epsilon(epsilon)
-    affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
-    def init(key, x):
-        shape = feature_shape(x, feature_axis)
-        affine_key, threshold_key, epsilon_key = jax.random.split(key, 3)
-        params = affine.init(affine_key, shape)
-        if use_threshold:
-            params["threshold"] = threshold_init(threshold_key, shape, param_dtype)
-        if learn_epsilon:
-            params["epsilon"] = epsilon_init(epsilon_key, shape, param_dtype)
-        return {"params": params, "batch_stats": {}}
-
-    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
-        del rng
-        x = inexact(x)
-        shape = feature_shape(x, feature_axis)
-        more = ["threshold"] * use_threshold + ["epsilon"] * learn_epsilon
-        shapes = affine.shapes(shape) | dict.fromkeys(more, shape)
-        params, batch_stats = checked(variables, x, train, feature_axis, shapes, {})
-        scale, bias, threshold, learnt = (along(params.get(name), x.ndim, feature_axis) for name in _NAMES)
+    def compute(x, params, weights, residual):
+        scale, bias, threshold, learnt = map(params.get, ("scale", "bias", "threshold", "epsilon"))
         features = canonical_axes(feature_axis, x.ndim, "feature_axis")
         batch = canonical_axes(batch_axis, x.ndim, "batch_axis")
         axes = reduced_axes(x.ndim, features + batch, "batch_axis, feature_axis")
@@ -97,10 +81,16 @@ def filter_response_norm(
                 " learn_epsilon=True."
             )
         total = jnp.asarray(epsilon) if learnt is None else epsilon + jnp.abs(learnt)
-        xhat = root_mean_square_normalize(x, total, combined_weights(x, where, weights), axes, axis_group)
+        xhat = root_mean_square_normalize(silenced(x, weights), total, weights, axes, axis_group)
         y = scale_shift(xhat, scale, bias, residual, None, xhat.dtype)
         y = y if threshold is None else jnp.maximum(y, threshold)
         y = y if activation is None else activation(y)
-        return y.astype(dtype or x.dtype), batch_stats
+        return y.astype(dtype or x.dtype)
 
-    return Normalizer(init, apply)
+    params = {
+        "scale": scale_init if use_scale else None,
+        "bias": bias_init if use_bias else None,
+        "threshold": threshold_init if use_threshold else None,
+        "epsilon": epsilon_init if learn_epsilon else None,
+    }
+    return each_example_norm(compute, params, feature_axis=feature_axis, param_dtype=param_dtype, check=lambda x: None)

@@ -5,13 +5,14 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
+from jaxbn._affine import Activation, Initializer, scale_shift
 from jaxbn._axis_group import axis_group_of
-from jaxbn._checks import check_several, checked, checked_epsilon
+from jaxbn._checks import check_several, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._inputs import canonical_axes, feature_shape, reduced_axes, stats_dtype
 from jaxbn._normalize import batch_normalize
 from jaxbn._normalizer import Normalizer
+from jaxbn.variants._each_example import each_example_norm
 
 
 @normalizer_factory
@@ -63,42 +64,37 @@ def group_norm(
     given = [size for size in (num_groups, group_size) if size is not None]
     if len(given) != 1 or given[0] < 1:
         raise ValueError(f"num_groups={num_groups} and group_size={group_size}; expected one of them, of 1 or more.")
-    affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
-    def init(key, x):
-        _groups(x)
-        return {"params": affine.init(key, feature_shape(x, feature_axis)), "batch_stats": {}}
-
-    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
-        del rng
-        x = inexact(x)
-        shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {})
+    def compute(x, params, weights, residual):
         (channels,) = canonical_axes(feature_axis, x.ndim, "feature_axis")
-        parts = _split(x, channels, _groups(x))
-        weights = combined_weights(x, where, weights)
-        weights = None if weights is None else _split(weights, channels, _groups(x))
+        parts = _split(x, channels, groups(x))
+        weights = None if weights is None else _split(weights, channels, groups(x))
         # The group axis takes the channels' place and is kept; axes behind it move up by one.
         batch = (a + (a > channels) for a in canonical_axes(batch_axis, x.ndim, "batch_axis"))
         axes = reduced_axes(parts.ndim, (*batch, channels), "batch_axis, feature_axis")
         check_several(parts, axes, axis_group_of(axis_name, None))
-        xhat, _ = batch_normalize(
-            parts, axis=axes, epsilon=epsilon, weights=weights, axis_name=axis_name, dtype=stats_dtype(x)
+        how = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=stats_dtype(x))
+        xhat = batch_normalize(parts, weights=weights, **how)[0].reshape(x.shape)
+        return scale_shift(
+            xhat, params.get("scale"), params.get("bias"), residual, activation, jnp.dtype(dtype or x.dtype)
         )
-        scale, bias = (along(params.get(name), x.ndim, feature_axis) for name in ("scale", "bias"))
-        out = jnp.dtype(dtype or x.dtype)
-        return scale_shift(xhat.reshape(x.shape), scale, bias, residual, activation, out), batch_stats
 
-    def _groups(x):
+    def groups(x):
         (channels,) = feature_shape(x, feature_axis)
         if channels % given[0]:
             raise ValueError(
                 f"x of shape {x.shape} has {channels} channels along feature_axis={feature_axis}; num_groups="
                 f"{num_groups}, group_size={group_size} does not divide them: choose a divisor."
             )
-        return num_groups or channels // group_size
+        return given[0] if group_size is None else channels // group_size
 
-    return Normalizer(init, apply)
+    return each_example_norm(
+        compute,
+        {"scale": scale_init if use_scale else None, "bias": bias_init if use_bias else None},
+        feature_axis=feature_axis,
+        param_dtype=param_dtype,
+        check=groups,
+    )
 
 
 def _split(v, axis, groups):

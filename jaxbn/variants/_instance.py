@@ -5,13 +5,14 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxbn._affine import Activation, Initializer, affine_of
+from jaxbn._affine import Activation, Initializer
 from jaxbn._axis_group import axis_group_of
-from jaxbn._checks import check_several, checked, checked_epsilon
+from jaxbn._checks import check_several, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._inputs import canonical_axes, feature_shape, inexact, reduced_axes
+from jaxbn._inputs import canonical_axes, reduced_axes
 from jaxbn._normalize import batch_normalize
 from jaxbn._normalizer import Normalizer
+from jaxbn.variants._each_example import each_example_norm
 
 
 @normalizer_factory
@@ -54,33 +55,25 @@ def instance_norm(
       ValueError: a negative epsilon; and from apply, a single position, or scale and bias of another shape.
     """
     checked_epsilon(epsilon)
-    affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
-    def init(key, x):
-        _kept(len(x.shape))
-        return {"params": affine.init(key, feature_shape(x, feature_axis)), "batch_stats": {}}
-
-    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
-        del rng
-        x = inexact(x)
-        shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {})
-        axes = reduced_axes(x.ndim, _kept(x.ndim))
-        check_several(x, axes, axis_group_of(axis_name, None))
-        scale, bias = (_with_batch(params.get(name), x.ndim) for name in ("scale", "bias"))
-        batch = dict(where=where, weights=weights, axis_name=axis_name, residual=residual)
-        y, _ = batch_normalize(x, scale, bias, axis=axes, epsilon=epsilon, activation=activation, dtype=dtype, **batch)
-        return y, batch_stats
-
-    def _kept(ndim):
+    def kept(ndim):
         features = canonical_axes(feature_axis, ndim, "feature_axis")
-        return canonical_axes(
-            features + canonical_axes(batch_axis, ndim, "batch_axis"), ndim, "batch_axis, feature_axis"
-        )
-
-    def _with_batch(v, ndim):
-        # Ones for the batch axes, in the order of the axes kept: the shape of the statistics that it broadcasts to.
         batch = canonical_axes(batch_axis, ndim, "batch_axis")
-        return None if v is None else jnp.expand_dims(v, [i for i, a in enumerate(_kept(ndim)) if a in batch])
+        return canonical_axes(features + batch, ndim, "batch_axis, feature_axis")
 
-    return Normalizer(init, apply)
+    def compute(x, params, weights, residual):
+        axes = reduced_axes(x.ndim, kept(x.ndim))
+        check_several(x, axes, axis_group_of(axis_name, None))
+        # As the statistics: without the axes reduced, and with ones for those of the batch.
+        scale, bias = (None if v is None else jnp.squeeze(v, axes) for v in map(params.get, ("scale", "bias")))
+        how = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=dtype)
+        y, _ = batch_normalize(x, scale, bias, weights=weights, residual=residual, activation=activation, **how)
+        return y
+
+    return each_example_norm(
+        compute,
+        {"scale": scale_init if use_scale else None, "bias": bias_init if use_bias else None},
+        feature_axis=feature_axis,
+        param_dtype=param_dtype,
+        check=lambda x: kept(len(x.shape)),
+    )

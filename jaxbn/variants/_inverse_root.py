@@ -30,51 +30,19 @@ def inverse_square_root(matrix: jax.Array) -> jax.Array:
 @inverse_square_root.defjvp
 def _inverse_square_root_jvp(primals, tangents):
     (matrix,), (tangent,) = primals, tangents
-    return inverse_square_root(matrix), _derivative(matrix, (tangent + _transposed(tangent)) / 2)
-
-
-@jax.custom_jvp
-def _derivative(matrix, direction):
-    """Derivative of the inverse root R in a symmetric direction, linear in the direction."""
-    roots, vectors = _eigen(matrix)
-    across, along = roots[..., :, None], roots[..., None, :]
-    return -_turned_back(_turned(direction, vectors) / (across * along * (across + along)), vectors)
-
-
-# R matrix R = I, differentiated once in each direction, with S = R**-1 the root:
-#   S d + d S = -R dM R                                            for d, the derivative in the direction dM
-#   S D + D S = -(r dM R + R dM r) - (ds d + d ds)                 for D, the derivative of d in another direction,
-# where r and ds = -S r S are the derivatives of R and S in that one.
-@_derivative.defjvp
-def _second_derivative(primals, tangents):
-    matrix, direction = primals
-    other, change = tangents
-    inverse, root = inverse_square_root(matrix), _root(matrix)
-    first = _derivative(matrix, direction)
-    other_first = _derivative(matrix, other)
-    other_root = -_dot(_dot(root, other_first), root)
-    right = _dot(_dot(other_first, direction), inverse) + _dot(other_root, first)
-    second = _solve(matrix, -(right + _transposed(right)))
-    return first, _derivative(matrix, change) + second
-
-
-def _solve(matrix, b):
-    """D with S D + D S = b, for S the root of the matrix; derivatives of any order come from this equation."""
-    root = _root(matrix)
+    inverse = inverse_square_root(matrix)
+    root = _dot(matrix, inverse)
+    # The formula solves matrix dR root + root dR matrix = -dM. Further derivatives are taken from this equation, not
+    # from the solver.
     roots, vectors = _eigen(lax.stop_gradient(matrix))
-    sums = roots[..., :, None] + roots[..., None, :]
-    return lax.custom_linear_solve(
-        lambda d: _dot(d, root) + _dot(root, d),
-        b,
-        lambda _, b: _turned_back(_turned(b, vectors) / sums, vectors),
+    across, along = roots[..., :, None], roots[..., None, :]
+    factor = across * along * (across + along)
+    return inverse, lax.custom_linear_solve(
+        lambda d: _dot(_dot(matrix, d), root) + _dot(_dot(root, d), matrix),
+        -(tangent + _transposed(tangent)) / 2,
+        lambda _, b: _turned_back(_turned(b, vectors) / factor, vectors),
         symmetric=True,
     )
-
-
-def _root(matrix):
-    """S = matrix R, made symmetric."""
-    root = _dot(matrix, inverse_square_root(matrix))
-    return (root + _transposed(root)) / 2
 
 
 def newton_inverse_square_root(matrix: jax.Array, *, steps: int = 5) -> jax.Array:

@@ -5,13 +5,14 @@ from collections.abc import Hashable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
+from jaxbn._affine import Activation, Initializer, scale_shift
 from jaxbn._axis_group import axis_group_of
-from jaxbn._checks import check_several, checked, checked_epsilon
+from jaxbn._checks import check_several, checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._inputs import along, canonical_axes, feature_shape, inexact, stats_dtype
+from jaxbn._inputs import canonical_axes, stats_dtype
 from jaxbn._normalize import batch_normalize
 from jaxbn._normalizer import Normalizer
+from jaxbn.variants._each_example import each_example_norm
 
 
 @normalizer_factory
@@ -54,23 +55,20 @@ def layer_norm(
       ValueError: a negative epsilon; and from apply, one value to normalize over, or scale and bias of another shape.
     """
     checked_epsilon(epsilon)
-    affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
-    feature_axis = axis if feature_axis is None else feature_axis
 
-    def init(key, x):
-        canonical_axes(axis, len(x.shape))
-        return {"params": affine.init(key, feature_shape(x, feature_axis)), "batch_stats": {}}
-
-    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
-        del rng
-        x = inexact(x)
-        shape = feature_shape(x, feature_axis)
-        params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {})
+    def compute(x, params, weights, residual):
         axes = canonical_axes(axis, x.ndim)
         check_several(x, axes, axis_group_of(axis_name, None))
-        batch = dict(where=where, weights=weights, axis_name=axis_name)
-        xhat, _ = batch_normalize(x, axis=axes, epsilon=epsilon, dtype=stats_dtype(x), **batch)
-        scale, bias = (along(params.get(name), x.ndim, feature_axis) for name in ("scale", "bias"))
-        return scale_shift(xhat, scale, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
+        how = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=stats_dtype(x))
+        xhat, _ = batch_normalize(x, weights=weights, **how)
+        return scale_shift(
+            xhat, params.get("scale"), params.get("bias"), residual, activation, jnp.dtype(dtype or x.dtype)
+        )
 
-    return Normalizer(init, apply)
+    return each_example_norm(
+        compute,
+        {"scale": scale_init if use_scale else None, "bias": bias_init if use_bias else None},
+        feature_axis=axis if feature_axis is None else feature_axis,
+        param_dtype=param_dtype,
+        check=lambda x: canonical_axes(axis, len(x.shape)),
+    )

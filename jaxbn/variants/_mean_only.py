@@ -11,11 +11,12 @@ from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
-from jaxbn._measure import centered, measure
+from jaxbn._measure import centered, measure_groups
 from jaxbn._moments import Moments
 from jaxbn._normalizer import Normalizer
-from jaxbn._recording import running_normalizer
-from jaxbn._running import update_batch_stats
+from jaxbn._padding import at_running_mean, silenced
+from jaxbn._recording import MeasuringNormalizer, running_normalizer
+from jaxbn._running import over_all_groups, update_batch_stats
 from jaxbn.variants._root_mean_square import root_mean_square_normalize
 
 
@@ -65,28 +66,40 @@ def mean_only_batch_norm(
         shape = feature_shape(x, feature_axis)
         return {"params": affine.init(key, shape), "batch_stats": {"mean": jnp.zeros(shape, stats_dtype(x))}}
 
-    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
-        del rng
-        x = inexact(x)
+    def read(variables, x, train):
         shape = feature_shape(x, feature_axis)
         params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), {"mean": shape})
+        return along(params.get("bias"), x.ndim, feature_axis), lax.stop_gradient(batch_stats["mean"])
+
+    def finish(c, bias, residual, x):
+        return scale_shift(c, None, bias, residual, activation, jnp.dtype(dtype or x.dtype))
+
+    def evaluate(variables, x, *, where, weights, rng=None, residual=None):
+        del rng
+        x = inexact(x)
+        bias, mean = read(variables, x, False)
+        c = at_running_mean(x, mean, where, weights, feature_axis) - along(mean, x.ndim, feature_axis)
+        return finish(c, bias, residual, x)
+
+    def train(variables, x, *, where, weights, rng=None, residual=None):
+        del rng
+        x = inexact(x)
+        bias, _ = read(variables, x, True)
         axes = reduced_axes(x.ndim, feature_axis)
-        if train:
-            check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
-            measured = measure(x, combined_weights(x, where, weights), axes, axis_group)
-            c = centered(x, measured, axes)
-        else:
-            measured = None
-            c = x - along(lax.stop_gradient(batch_stats["mean"]), x.ndim, feature_axis)
-        bias = along(params.get("bias"), x.ndim, feature_axis)
-        return scale_shift(c, None, bias, residual, activation, jnp.dtype(dtype or x.dtype)), measured
+        check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
+        weights = combined_weights(x, where, weights)
+        rows = measure_groups(x, weights, None, axes, axis_group)
+        c = silenced(centered(x, axis_group.own(rows), axes), weights)
+        return finish(c, bias, residual, x), over_all_groups(lax.stop_gradient(rows), axis_group)
 
     def _update(batch_stats, moments):
         # The variance, which may overflow where the mean does not, is nobody's concern here.
         moments = Moments(moments.count, moments.mean, jnp.zeros_like(moments.var))
         return update_batch_stats(batch_stats, moments, decay=decay, skip_nonfinite=skip_nonfinite)
 
-    return running_normalizer(Normalizer(init, apply), _update, feature_axis=feature_axis, axis_group=axis_group)
+    measuring = MeasuringNormalizer(init, train, evaluate)
+    everyone = axis_group._replace(groups=None)
+    return running_normalizer(measuring, _update, feature_axis=feature_axis, axis_group=everyone)
 
 
 def weight_norm(direction: jax.Array, gain: jax.Array, *, feature_axis: int = -1) -> jax.Array:

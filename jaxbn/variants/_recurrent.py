@@ -1,5 +1,6 @@
 """Batch normalization along a sequence: statistics of their own for each time step."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jaxbn._affine import Initializer
 from jaxbn._batch_norm import batch_norm
 from jaxbn._factory import normalizer_factory
 from jaxbn._normalizer import Normalizer
+from jaxbn._record import is_recorded, running_part
 
 _TENTH = jax.nn.initializers.constant(0.1)
 
@@ -47,21 +49,40 @@ def recurrent_batch_norm(max_length: int, *, scale_init: Initializer = _TENTH, *
     def apply(variables, x, *, train, step=None, where=None, weights=None, rng=None, residual=None):
         if step is None or jnp.ndim(step) or not jnp.issubdtype(jnp.result_type(step), jnp.integer):
             raise ValueError(f"step={step!r}; recurrent_batch_norm needs step=, the time step as an integer scalar.")
-        batch_stats = dict(variables["batch_stats"])
+        batch_stats = dict(_checked(variables))
         length = batch_stats.pop("length")
-        # In a record the length has an axis more.
-        row = jnp.clip(step, 0, max_length - 1 if train else jnp.maximum(jnp.ravel(length)[0], 1) - 1)
-        here = {"params": variables.get("params", {}), "batch_stats": {n: v[row] for n, v in batch_stats.items()}}
+        row = jnp.clip(step, 0, max_length - 1 if train else jnp.maximum(running_part(length), 1) - 1)
+        here = {"params": variables.get("params", {}), "batch_stats": jax.tree.map(lambda v: v[row], batch_stats)}
         arguments = dict(where=where, weights=weights, rng=rng, residual=residual)
         y, moved = norm.apply(here, x, train=train, **arguments)
         if not train:
             return y, variables["batch_stats"]
         # A step that moved nothing saw padding only, or was refused: it does not count as seen.
         seen = _differ(moved, here["batch_stats"])
-        rows = {name: v.at[row].set(moved[name]) for name, v in lax.stop_gradient(batch_stats).items()}
-        return y, rows | {"length": jnp.where(seen, jnp.maximum(length, row + 1), length).astype(length.dtype)}
+        rows = jax.tree.map(lambda v, new: v.at[row].set(new), lax.stop_gradient(batch_stats), moved)
+        return y, rows | {"length": _lengthened(length, jnp.where(seen, row + 1, 0))}
+
+    def _checked(variables):
+        """The batch_stats, after checking that they hold a row for each time step."""
+        batch_stats = variables.get("batch_stats", {})
+        shapes = {name: jnp.shape(value) for name, value in running_part(dict(batch_stats)).items()}
+        length = shapes.pop("length", None)
+        if length != () or any(shape[:1] != (max_length,) for shape in shapes.values()):
+            raise ValueError(
+                f"batch_stats has shapes {shapes} and {'no' if length is None else 'a'} 'length'; recurrent_batch_norm("
+                f"max_length={max_length}) wants {max_length} rows in each and 'length': what init made with these"
+                " arguments."
+            )
+        return batch_stats
 
     return Normalizer(init, apply)
+
+
+def _lengthened(length, seen):
+    """The number of steps seen so far; in a record what becomes of it."""
+    if is_recorded(length):
+        return dataclasses.replace(length, moved=_lengthened(length.moved, seen))
+    return jnp.maximum(length, seen).astype(length.dtype)
 
 
 def _differ(a, b):

@@ -13,8 +13,9 @@ from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
 from jaxbn._normalize import normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
-from jaxbn._recording import running_normalizer
-from jaxbn._running import init_batch_stats, running_moments, update_batch_stats
+from jaxbn._padding import at_running_mean
+from jaxbn._recording import MeasuringNormalizer, running_normalizer
+from jaxbn._running import accepts, init_batch_stats, over_all_groups, running_moments, update_batch_stats
 
 Limit = float | Callable[[jax.Array], jax.Array]
 
@@ -100,16 +101,24 @@ def batch_renorm(
         batch_stats = init_batch_stats(shape, stats_dtype(x), decay=decay)
         return {"params": affine.init(key, shape), "batch_stats": batch_stats | {"step": jnp.zeros((), jnp.int32)}}
 
-    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None, step=None):
-        del rng
-        x = inexact(x)
+    def read(variables, x, train):
         shape = feature_shape(x, feature_axis)
         params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), _kept(shape))
-        axes = reduced_axes(x.ndim, feature_axis)
-        scale, bias = params.get("scale"), params.get("bias")
-        if not train:
-            out = dict(epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
-            return normalize(x, *running_moments(batch_stats), scale, bias, axis=axes, **out), None
+        return params.get("scale"), params.get("bias"), batch_stats, reduced_axes(x.ndim, feature_axis)
+
+    def evaluate(variables, x, *, where, weights, rng=None, residual=None, step=None):
+        del rng, step
+        x = inexact(x)
+        scale, bias, batch_stats, axes = read(variables, x, False)
+        mean, var = running_moments(batch_stats)
+        x = at_running_mean(x, mean, where, weights, feature_axis)
+        out = dict(epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
+        return normalize(x, mean, var, scale, bias, axis=axes, **out)
+
+    def train(variables, x, *, where, weights, rng=None, residual=None, step=None):
+        del rng
+        x = inexact(x)
+        scale, bias, batch_stats, axes = read(variables, x, True)
         if not allow_single_value:
             check_several(x, axes, axis_group, "Train on more examples, or pass allow_single_value=True.")
         batch = dict(where=where, weights=weights, dtype=stats_dtype(x), activation=None, residual=None)
@@ -122,7 +131,7 @@ def batch_renorm(
         shift = shift if bias is None else shift + bias
         gain, shift = (jnp.expand_dims(v, axes) for v in (gain, shift))
         y = scale_shift(xhat, gain, shift, residual, activation, jnp.dtype(dtype or x.dtype))
-        return y, measured
+        return y, over_all_groups(lax.stop_gradient(rows), axis_group)
 
     def _kept(shape):
         return dict.fromkeys(("mean", "var") if decay is not None else ("mean", "var", "weight"), shape) | {"step": ()}
@@ -134,13 +143,13 @@ def batch_renorm(
 
     def _update(batch_stats, moments):
         running = {name: value for name, value in batch_stats.items() if name != "step"}
-        accept = jnp.any(moments.count > 0)
-        if skip_nonfinite:
-            accept &= jnp.all(jnp.isfinite(moments.mean)) & jnp.all(jnp.isfinite(moments.var))
+        accept = accepts(jnp.any(moments.count > 0), moments.mean, moments.var, skip_nonfinite=skip_nonfinite)
         moved = update_batch_stats(running, moments, decay=decay, skip_nonfinite=skip_nonfinite)
         return moved | {"step": batch_stats["step"] + accept.astype(jnp.int32)}
 
-    return running_normalizer(Normalizer(init, apply), _update, feature_axis=feature_axis, axis_group=axis_group)
+    measuring = MeasuringNormalizer(init, train, evaluate)
+    everyone = axis_group._replace(groups=None)
+    return running_normalizer(measuring, _update, feature_axis=feature_axis, axis_group=everyone)
 
 
 def _correction(batch_stats, moments, r_max, d_max, epsilon):

@@ -6,14 +6,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
-from jaxbn._arithmetic import at_least_float32, inner, weighted_sum
+from jaxbn._affine import Activation, Initializer, scale_shift
+from jaxbn._arithmetic import at_least_float32, inner, safe_divide, weighted_sum
 from jaxbn._axis_group import AxisGroup, axis_group_of
-from jaxbn._checks import checked, checked_epsilon
+from jaxbn._checks import checked_epsilon
 from jaxbn._factory import normalizer_factory
-from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, size_of
+from jaxbn._inputs import canonical_axes, size_of
+from jaxbn._normalize import STATISTICS
 from jaxbn._normalizer import Normalizer
+from jaxbn._padding import silenced
+from jaxbn.variants._each_example import each_example_norm
 
 # Squares are summed of x / 1024, which is exact, so that the sum over millions of values of 1e18 stays in float32.
 _ROOM = 2.0**-10
@@ -55,32 +59,26 @@ def rms_norm(
       ValueError: a negative epsilon; and from apply, a scale of another shape.
     """
     checked_epsilon(epsilon)
-    affine = affine_of(use_scale, False, scale_init, jax.nn.initializers.zeros, param_dtype)
-    feature_axis = axis if feature_axis is None else feature_axis
 
-    def init(key, x):
-        canonical_axes(axis, len(x.shape))
-        return {"params": affine.init(key, feature_shape(x, feature_axis)), "batch_stats": {}}
+    def compute(x, params, weights, residual):
+        axes, axis_group = canonical_axes(axis, x.ndim), axis_group_of(axis_name, None)
+        xhat = root_mean_square_normalize(silenced(x, weights), jnp.asarray(epsilon), weights, axes, axis_group)
+        return scale_shift(xhat, params.get("scale"), None, residual, activation, jnp.dtype(dtype or x.dtype))
 
-    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
-        del rng
-        x = inexact(x)
-        shapes = affine.shapes(feature_shape(x, feature_axis))
-        params, batch_stats = checked(variables, x, train, feature_axis, shapes, {})
-        weights = combined_weights(x, where, weights)
-        axes = canonical_axes(axis, x.ndim)
-        xhat = root_mean_square_normalize(x, jnp.asarray(epsilon), weights, axes, axis_group_of(axis_name, None))
-        scale = along(params.get("scale"), x.ndim, feature_axis)
-        return scale_shift(xhat, scale, None, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
-
-    return Normalizer(init, apply)
+    return each_example_norm(
+        compute,
+        {"scale": scale_init if use_scale else None},
+        feature_axis=axis if feature_axis is None else feature_axis,
+        param_dtype=param_dtype,
+        check=lambda x: canonical_axes(axis, len(x.shape)),
+    )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def root_mean_square_normalize(
     x: jax.Array, epsilon: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], axis_group: AxisGroup
 ) -> jax.Array:
-    """X / sqrt(mean(|x|**2) + epsilon), float32 at least; where nothing counts the mean square is 0.
+    """`x / sqrt(mean(|x|**2) + epsilon)`, float32 at least; where nothing counts the mean square is 0.
 
     The derivative rule is written in units of the output, since 1 / rms**3 would leave the range of float32.
 
@@ -91,30 +89,30 @@ def root_mean_square_normalize(
       axes: reduced.
       axis_group: shards that share the mean.
     """
-    return at_least_float32(x) * _inverse_root(x, epsilon, weights, axes, axis_group)
+    return at_least_float32(x) * _inverse_root(x, epsilon, weights, axes, axis_group)[0]
 
 
 @root_mean_square_normalize.defjvp
 def _root_mean_square_jvp(axes, axis_group, primals, tangents):
     x, epsilon, weights = primals
     dx, depsilon, _ = tangents
-    inverse = _inverse_root(x, epsilon, weights, axes, axis_group)
-    y = root_mean_square_normalize(*primals, axes, axis_group)
+    # By this name the policies of `jax.checkpoint` keep it, and the backward pass measures nothing again.
+    inverse, share = checkpoint_name(_inverse_root(x, epsilon, weights, axes, axis_group), STATISTICS)
+    y = at_least_float32(x) * inverse
     du = at_least_float32(dx) * inverse
-    mean = _mean(inner(y, du), weights, axes, axis_group) + 0.5 * depsilon * inverse**2
+    total = axis_group.total(weighted_sum(inner(y, du), weights, axes))
+    mean = jnp.expand_dims(total, axes) * share + 0.5 * depsilon * inverse**2
     return y, du - y * mean
 
 
 def _inverse_root(x, epsilon, weights, axes, axis_group):
+    """1 / sqrt(mean(|x|**2) + epsilon), and 1 / count, over axes and shards; the axes stay, with length 1."""
     small = at_least_float32(x) * _ROOM
-    return lax.rsqrt(_mean(inner(small, small), weights, axes, axis_group) + epsilon * _ROOM**2) * _ROOM
-
-
-def _mean(values, weights, axes, axis_group):
-    """Weighted mean over axes and shards, which stay as axes of length 1."""
+    squares = weighted_sum(inner(small, small), weights, axes)
     if weights is None:
-        count, total = size_of(values.shape, axes) * axis_group.size(), axis_group.psum(jnp.sum(values, axes))
-        return jnp.expand_dims(total / count, axes)
-    count = jnp.sum(jnp.broadcast_to(weights, values.shape), axes)
-    count, total = axis_group.psum((count, weighted_sum(values, weights, axes)))
-    return jnp.expand_dims(jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count)), axes)
+        total, count = axis_group.total(squares), jnp.asarray(size_of(x.shape, axes) * axis_group.size(), squares.dtype)
+    else:
+        total, count = axis_group.total((squares, jnp.sum(jnp.broadcast_to(weights, x.shape), axes)))
+    share = safe_divide(jnp.ones_like(count), count)
+    total, share = (jnp.expand_dims(jnp.broadcast_to(v, total.shape), axes) for v in (total, share))
+    return lax.rsqrt(total * share + epsilon * _ROOM**2) * _ROOM, share

@@ -14,8 +14,9 @@ from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
 from jaxbn._normalize import normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
-from jaxbn._recording import running_normalizer
-from jaxbn._running import init_batch_stats, running_moments, update_batch_stats
+from jaxbn._padding import at_running_mean
+from jaxbn._recording import MeasuringNormalizer, running_normalizer
+from jaxbn._running import accepts, init_batch_stats, over_all_groups, running_moments, update_batch_stats
 
 
 @normalizer_factory
@@ -81,27 +82,37 @@ def stochastic_batch_norm(
         step = jnp.zeros((), jnp.int32)
         return {"params": affine.init(key, shape), "batch_stats": running | bank | {"step": step}}
 
-    def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
-        x = inexact(x)
+    out = dict(epsilon=epsilon, activation=activation, dtype=dtype)
+
+    def read(variables, x, train):
         shape = feature_shape(x, feature_axis)
         params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), _kept(shape))
-        axes = reduced_axes(x.ndim, feature_axis)
-        scale, bias = params.get("scale"), params.get("bias")
-        out = dict(epsilon=epsilon, activation=activation, residual=residual, dtype=dtype)
-        if not train:
-            mean, var = running_moments(batch_stats) if rng is None else _draw(batch_stats, rng, bank_size)
-            return normalize(x, mean, var, scale, bias, axis=axes, **out), None
+        return params.get("scale"), params.get("bias"), batch_stats, reduced_axes(x.ndim, feature_axis)
+
+    def evaluate(variables, x, *, where, weights, rng=None, residual=None):
+        x = inexact(x)
+        scale, bias, batch_stats, axes = read(variables, x, False)
+        mean, var = running_moments(batch_stats) if rng is None else _draw(batch_stats, rng, bank_size)
+        x = at_running_mean(x, mean, where, weights, feature_axis)
+        return normalize(x, mean, var, scale, bias, axis=axes, residual=residual, **out)
+
+    def train(variables, x, *, where, weights, rng=None, residual=None):
+        del rng
+        x = inexact(x)
+        scale, bias, _, axes = read(variables, x, True)
         check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
-        batch = dict(where=where, weights=weights, axis_group=axis_group)
+        batch = dict(where=where, weights=weights, axis_group=axis_group, residual=residual)
         y, rows = normalize_by_batch(x, scale, bias, axis=axes, **batch, **out)
-        return y, axis_group.select_group(rows)
+        return y, over_all_groups(lax.stop_gradient(rows), axis_group)
 
     def _kept(shape):
         running = dict.fromkeys(("mean", "var") if decay is not None else ("mean", "var", "weight"), shape)
         return running | dict.fromkeys(("mean_bank", "var_bank"), (bank_size, *shape)) | {"step": ()}
 
     update = partial(_record, decay=decay, bank_size=bank_size)
-    return running_normalizer(Normalizer(init, apply), update, feature_axis=feature_axis, axis_group=axis_group)
+    measuring = MeasuringNormalizer(init, train, evaluate)
+    everyone = axis_group._replace(groups=None)
+    return running_normalizer(measuring, update, feature_axis=feature_axis, axis_group=everyone)
 
 
 def _draw(batch_stats, rng, bank_size):
@@ -116,8 +127,7 @@ def _record(batch_stats, moments, *, decay, bank_size):
     """Move the running statistics, and write the moments over the oldest in the bank; a bad batch does neither."""
     batch_stats, moments = lax.stop_gradient((batch_stats, moments))
     running = {name: batch_stats[name] for name in ("mean", "var", "weight") if name in batch_stats}
-    finite = jnp.all(jnp.isfinite(moments.mean)) & jnp.all(jnp.isfinite(moments.var))
-    accept = finite & jnp.all(moments.count > 0)
+    accept = accepts(jnp.all(moments.count > 0), moments.mean, moments.var)
     slot = batch_stats["step"] % bank_size
 
     def write(bank, value):

@@ -6,6 +6,7 @@ from collections.abc import Hashable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
 from jaxbn._axis_group import axis_group_of
@@ -14,8 +15,11 @@ from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import along, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
 from jaxbn._measure import centered, measure
 from jaxbn._moments import Measured, Moments, merge_moments
+from jaxbn._normalize import STATISTICS
 from jaxbn._normalizer import Normalizer
+from jaxbn._padding import silenced
 from jaxbn._recording import unrecordable
+from jaxbn._running import accepts, moved_where
 
 _NO_RECORD = (
     "virtual_batch_norm keeps moments of its reference batch, not of the data: there are no population statistics of"
@@ -90,7 +94,7 @@ def virtual_batch_norm(
             raise ValueError(f"feature_axis={feature_axis} is the first axis of x, {x.shape}: that is the examples'.")
         weights = combined_weights(x, where, weights)
         if train:
-            reference = _reference(x, weights)
+            reference = checkpoint_name(_reference(x, weights), STATISTICS)
             batch_stats = _kept(batch_stats, reference)
         else:
             kept = lax.stop_gradient(batch_stats)
@@ -110,7 +114,7 @@ def virtual_batch_norm(
     def _standardize(x, weights, reference, references):
         """(x - mean) / sqrt(var + epsilon), all relative to the reference mean, from which nothing is far."""
         axes = reduced_axes(x.ndim, feature_axis)
-        c = centered(x, reference, axes)
+        c = silenced(centered(x, reference, axes), weights)
         own = _own_moments(c, weights, references)
         count = jnp.broadcast_to(reference.count, reference.mean.shape)
         # [1, features] beside [batch, features].
@@ -137,6 +141,5 @@ def _part(weights, examples):
 def _kept(old, reference):
     """The reference moments as batch_stats; where nothing was seen or something is not finite, the old ones."""
     new = {"mean": reference.mean, "var": reference.var, "count": reference.count}
-    new = lax.stop_gradient({name: jnp.broadcast_to(v, old[name].shape) for name, v in new.items()})
-    accept = (new["count"] > 0) & jnp.all(jnp.isfinite(new["mean"])) & jnp.all(jnp.isfinite(new["var"]))
-    return {name: jnp.where(accept, new[name].astype(old[name].dtype), old[name]) for name in old}
+    new = {name: jnp.broadcast_to(v, old[name].shape) for name, v in new.items()}
+    return moved_where(accepts(new["count"] > 0, new["mean"], new["var"]), old, new)

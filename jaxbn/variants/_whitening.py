@@ -5,15 +5,20 @@ from collections.abc import Callable, Hashable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
+from jaxbn._arithmetic import safe_divide
 from jaxbn._axis_group import axis_group_of
 from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
-from jaxbn._measure import centered, measure
+from jaxbn._measure import centered, measure_groups
+from jaxbn._normalize import STATISTICS
 from jaxbn._normalizer import Normalizer
+from jaxbn._padding import silenced
 from jaxbn._recording import unrecordable
+from jaxbn._running import accepts, moved_where, over_all_groups
 from jaxbn.variants._inverse_root import inverse_square_root
 
 _NO_RECORD = "whitening_norm does not pool its covariances over microbatches: build the train step with pool=False."
@@ -97,41 +102,48 @@ def whitening_norm(
         shape, (groups, size) = feature_shape(x, feature_axis), _groups(x)
         kept = dict(mean=shape, whitening=(groups, size, size))
         params, batch_stats = checked(variables, x, train, feature_axis, affine.shapes(shape), kept)
+        weights = combined_weights(x, where, weights)
         if train:
-            check_several(
-                x, reduced_axes(x.ndim, feature_axis), axis_group, "Train on more examples, or use train=False."
-            )
-            c, whitening, batch_stats = _measured(batch_stats, x, combined_weights(x, where, weights))
+            axes = reduced_axes(x.ndim, feature_axis)
+            check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
+            rows = measure_groups(x, weights, None, axes, axis_group)
+            c = silenced(centered(x, axis_group.own(rows), axes), weights)
+            covariances = _covariances(c, weights, rows.count)
+            whitening = _inverse_root(axis_group.own(covariances))
+            batch_stats = _moved(batch_stats, rows, covariances, whitening)
         else:
             kept = lax.stop_gradient(batch_stats)
-            c, whitening = x - along(kept["mean"], x.ndim, feature_axis), kept["whitening"]
+            c = silenced(x - along(kept["mean"], x.ndim, feature_axis), weights)
+            whitening = kept["whitening"]
         xhat = _merged(_product("ngi,gij->ngj", _rows(c), whitening), x)
         scale, bias = (along(params.get(name), x.ndim, feature_axis) for name in ("scale", "bias"))
         return scale_shift(xhat, scale, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
 
-    def _measured(batch_stats, x, weights):
-        axes = reduced_axes(x.ndim, feature_axis)
-        measured = measure(x, weights, axes, axis_group)
-        c = centered(x, measured, axes)
-        covariance = _covariance(c, weights, measured.count)
-        whitening = inverse_root(covariance + epsilon * jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None])
-        new = lax.stop_gradient({"mean": measured.mean, "whitening": whitening})
-        accept = jnp.any(measured.count > 0)
-        if skip_nonfinite:
-            accept &= jnp.all(jnp.isfinite(new["mean"])) & jnp.all(jnp.isfinite(new["whitening"]))
-        old = lax.stop_gradient(batch_stats)
-        moved = {name: (decay * old[name] + (1 - decay) * new[name]).astype(old[name].dtype) for name in old}
-        return c, whitening, {name: jnp.where(accept, moved[name], old[name]) for name in old}
+    def _inverse_root(covariance):
+        return inverse_root(covariance + epsilon * jnp.eye(covariance.shape[-1], dtype=covariance.dtype)[None])
 
-    def _covariance(c, weights, count):
-        """Weighted mean of c c^T over values and shards: [groups, d, d]; zeros where nothing was seen."""
+    def _moved(batch_stats, rows, covariances, whitening):
+        """The running statistics moved by the batch, which with groups of shards is that of all groups."""
+        rows, covariances, whitening = lax.stop_gradient((rows, covariances, whitening))
+        measured = over_all_groups(rows, axis_group)
+        if axis_group.groups is not None:
+            whitening = _inverse_root(_pooled_covariance(rows, measured, covariances))
+        seen = jnp.any(measured.count > 0)
+        accept = accepts(seen, measured.mean, whitening, skip_nonfinite=skip_nonfinite)
+        new = {"mean": measured.mean, "whitening": whitening}
+        return moved_where(accept, batch_stats, {n: decay * batch_stats[n] + (1 - decay) * new[n] for n in new})
+
+    def _covariances(c, weights, counts):
+        """Weighted mean of c c^T over values and shards: [d, d] for each group of features, zeros where nothing counts.
+
+        With groups of shards as `AxisGroup.total` gives it.
+        """
         rows = _rows(c)
-        count = jnp.max(count)
-        share = 1 / jnp.where(count == 0, 1, count)
+        share = safe_divide(jnp.ones((), rows.dtype), jnp.max(axis_group.own(counts)))
         if weights is None:
             # Each factor takes its root of the share, so that the sum of squares has room in float32.
             rows = rows * jnp.sqrt(share)
-            return axis_group.psum(_product("ngi,ngj->gij", rows, rows))
+            return _total(_product("ngi,ngj->gij", rows, rows))
         (axis,) = canonical_axes(feature_axis, c.ndim, "feature_axis")
         if weights.shape[axis] != 1:
             raise ValueError(
@@ -141,7 +153,19 @@ def whitening_norm(
         weights = jnp.broadcast_to(jnp.moveaxis(weights, axis, -1), (*jnp.moveaxis(c, axis, -1).shape[:-1], 1))
         weights = weights.reshape(-1, 1, 1)
         rows = jnp.where(weights == 0, 0, rows)
-        return axis_group.psum(_product("ngi,ngj->gij", rows * share * weights, rows))
+        return _total(_product("ngi,ngj->gij", rows * share * weights, rows))
+
+    def _total(products):
+        # By this name the policies of `jax.checkpoint` keep it, and the backward pass needs no collective for it.
+        return checkpoint_name(axis_group.total(products), STATISTICS)
+
+    def _pooled_covariance(rows, measured, covariances):
+        """Covariance of all values: those within the groups of shards, and that of the groups' means."""
+        share = safe_divide(jnp.max(rows.count, -1), jnp.max(measured.count))
+        apart = (rows.mean - measured.mean[None]) + (rows.remainder - measured.remainder[None])
+        apart = apart.reshape(*covariances.shape[:-1])
+        within = jnp.sum(share[:, None, None, None] * covariances, 0)
+        return within + _product("ngi,ngj->gij", share[:, None, None] * apart, apart)
 
     def _rows(c):
         return jnp.moveaxis(c, feature_axis, -1).reshape(-1, *_groups(c))
