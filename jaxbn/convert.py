@@ -239,7 +239,7 @@ def to_haiku(
 def from_nnx(state: Mapping[str, Any]) -> Variables:
     """Variables of one nnx BatchNorm from its pure dict, where "scale", "bias", "mean", "var" lie side by side."""
     values = {name: jnp.asarray(value) for name, value in state.items() if value is not None}
-    params = {name: values.pop(name) for name in ("scale", "bias") if name in values}
+    params: dict[str, jax.Array] = {name: values.pop(name) for name in ("scale", "bias") if name in values}
     return _checked({"params": params, "batch_stats": values}, "the nnx layer")
 
 
