@@ -5,7 +5,7 @@ it can take in (Jacob et al. 2018, section 3.2). Mean-only batch norm has a gain
 [*spatial, inputs, outputs].
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,18 +14,12 @@ from jax import lax
 
 from jaxbn._arithmetic import at_least_float32
 from jaxbn._inputs import canonical_axes
-from jaxbn._layers import find_layers, flat_names, nested_names
+from jaxbn._layers import AFFINE_NAMES, find_layers, flat_names, nested_names
 from jaxbn._moments import Moments
 from jaxbn._running import running_moments
 
 # Paddings that repeat or leave out values, and never insert a zero that batch norm has not seen.
 _PADDINGS_WITHOUT_ZEROS = ("VALID", "CIRCULAR", "REFLECT")
-# What the variables of a normalizer hold that is one affine map of each feature at test time. Those of others have
-# more: "count" (virtual), "whitening", "length" (recurrent), "scale_kernel" (conditional).
-_AFFINE = {
-    "params": {"scale", "bias"},
-    "batch_stats": {"mean", "var", "weight", "step", "mean_bank", "var_bank"},
-}
 
 
 class Preceding(NamedTuple):
@@ -167,7 +161,8 @@ def fold_variables(
     Raises:
       ValueError: a path that is not there, with those that are; and as `fold_preceding` and `fold_following`.
     """
-    flat = {"params": {}, "batch_stats": {}} | {name: flat_names(tree) for name, tree in variables.items()}
+    flat: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    flat |= {name: flat_names(tree) for name, tree in variables.items()}
     layers = sorted(find_layers(variables.get("batch_stats", {}), ("mean",)))
     for path, layer in pairs.items():
         layer = Preceding(layer) if isinstance(layer, str) else layer
@@ -229,7 +224,7 @@ def unfold_variables(
 
 def _affine(norm, epsilon, debias):
     """Mean, gain and bias of y = gain * (x - mean) + bias, [features] each, float32 at least."""
-    norm = {name: {n: _unboxed(v) for n, v in norm.get(name, {}).items()} for name in _AFFINE}
+    norm = {name: {n: _unboxed(v) for n, v in norm.get(name, {}).items()} for name in AFFINE_NAMES}
     _check_affine(norm)
     stats, params = norm["batch_stats"], norm["params"]
     if "var" in stats:
@@ -242,7 +237,9 @@ def _affine(norm, epsilon, debias):
 
 
 def _check_affine(norm):
-    more = sorted({f"{kind}/{name}" for kind, known in _AFFINE.items() for name in norm[kind] if name not in known})
+    more = sorted(
+        {f"{kind}/{name}" for kind, known in AFFINE_NAMES.items() for name in norm[kind] if name not in known}
+    )
     features = jnp.shape(norm["batch_stats"]["mean"])
     wrong = {name: jnp.shape(v) for name, v in norm["params"].items() if jnp.shape(v) != features}
     if more or wrong:
@@ -291,15 +288,16 @@ def _fold_one(params, path, layer, norm, epsilon, debias):
     if names[0] not in params:
         kernels = sorted(name.removesuffix("/kernel") for name in params if name.endswith("/kernel"))
         raise ValueError(f"no kernel at {layer.layer!r}; there are {kernels}.")
-    arguments = {**layer._asdict(), "epsilon": epsilon, "debias": debias}
-    del arguments["layer"]
-    fold = fold_preceding if isinstance(layer, Preceding) else fold_following
-    old = [params.get(name) for name in names]
+    boxes = [params.get(name) for name in names]
+    kernel, bias = (None if box is None else _unboxed(box) for box in boxes)
+    where, how = layer._asdict(), dict(epsilon=epsilon, debias=debias)
+    del where["layer"]
+    fold: Callable[..., tuple] = fold_preceding if isinstance(layer, Preceding) else fold_following
     try:
-        new = fold(*(None if value is None else _unboxed(value) for value in old), norm, **arguments)
+        folded = fold(kernel, bias, norm, **where, **how)
     except ValueError as error:
         raise ValueError(f"{path!r} cannot be folded into {layer.layer!r}: {error}") from error
-    for name, box, value in zip(names, old, new, strict=True):
+    for name, box, value in zip(names, boxes, folded, strict=True):
         params[name] = value if box is None else jax.tree.unflatten(jax.tree.structure(box), [value])
 
 

@@ -10,6 +10,13 @@ from jaxbn._record import is_recorded
 
 Layers = dict[str, dict[str, Any]]
 
+# What the variables hold of a normalizer that is one affine map of each feature at test time. Others hold more: "count"
+# (virtual batch norm), "whitening", "length" (recurrent), "scale_kernel" (conditional).
+AFFINE_NAMES = {
+    "params": {"scale", "bias"},
+    "batch_stats": {"mean", "var", "weight", "step", "mean_bank", "var_bank"},
+}
+
 
 def find_layers(batch_stats: Any, names: Iterable[str] = ("mean", "var")) -> Layers:
     """Every layer that keeps statistics of these names: {path: {"mean": .., "var": .., ...}}.

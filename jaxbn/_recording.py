@@ -18,7 +18,7 @@ from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import combined_weights, inexact, reduced_axes
 from jaxbn._layers import leaves_by_path, replace_layers
 from jaxbn._measure import measure
-from jaxbn._moments import Measured, Moments
+from jaxbn._moments import Measured, Moments, merge_measured
 from jaxbn._normalizer import Init, Normalizer, check_mode
 from jaxbn._padding import silenced
 from jaxbn._record import BatchStats, Mode, Recorded, empty_record, is_recorded, mode_of, running_part

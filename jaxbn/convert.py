@@ -12,14 +12,14 @@
 
 None of the packages is imported: tensors are anything that numpy can read, torch tensors included, and what comes back
 are numpy arrays that own their memory. Nothing is ever unpickled. Flax's variables have the same names and need no
-change.
+change. A negative variance, or arrays of one layer whose shapes differ, are refused with a ValueError both ways.
 """
 
 import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,13 @@ import numpy as np
 
 from jaxbn._arithmetic import at_least_float32
 from jaxbn._batch_norm import batch_norm
-from jaxbn._layers import nested_names
+from jaxbn._layers import AFFINE_NAMES, nested_names
 from jaxbn._running import running_moments
 
 Tensors = dict[str, np.ndarray]
 Variables = dict[str, dict[str, jax.Array]]
+
+V = TypeVar("V", bound=Mapping[str, Any])
 
 _DEFAULTS = {name: p.default for name, p in inspect.signature(batch_norm).parameters.items()}
 # The weight of an exponential average rounds to 1 in float32 once what is missing is below half of 2**-24.
@@ -54,15 +56,17 @@ def from_torch(state: Mapping[str, Any], prefix: str = "", *, cumulative: bool =
       ValueError: there are no running statistics under the prefix, with the prefixes that have them.
     """
     start = f"{prefix}." if prefix else ""
-    if f"{start}running_mean" not in state:
-        raise ValueError(f"no running_mean under {prefix!r}; batch norms stand at {torch_prefixes(state)}.")
+    if not {f"{start}running_mean", f"{start}running_var"} <= state.keys():
+        raise ValueError(
+            f"no running_mean and running_var under {prefix!r}; batch norms stand at {torch_prefixes(state)}."
+        )
     names = {"scale": "weight", "bias": "bias"}
     params = {ours: _array(state[start + theirs]) for ours, theirs in names.items() if start + theirs in state}
     mean, var = (at_least_float32(_array(state[f"{start}running_{name}"])) for name in ("mean", "var"))
     batch_stats = {"mean": mean, "var": var}
     if cumulative:
         batch_stats["weight"] = jnp.full_like(var, float(_array(state[f"{start}num_batches_tracked"])))
-    return {"params": params, "batch_stats": batch_stats}
+    return _checked({"params": params, "batch_stats": batch_stats}, f"the torch layer {prefix!r}")
 
 
 def to_torch(
@@ -77,7 +81,7 @@ def to_torch(
       debias: of the batch norm; torch's averages are not corrected when read, so they are here.
       num_batches_tracked: None takes "weight" where decay=None left it there, and 0 otherwise.
     """
-    mean, var = running_moments(variables["batch_stats"], debias=debias)
+    mean, var = running_moments(_checked(variables, "the batch norm", flat=True)["batch_stats"], debias=debias)
     params, counted = variables.get("params", {}), variables["batch_stats"].get("weight", 0)
     if num_batches_tracked is None:
         num_batches_tracked = 0 if debias else int(np.max(counted))
@@ -105,7 +109,7 @@ def layers_from_torch(state: Mapping[str, Any], paths: Mapping[str, str]) -> dic
     Returns:
       {"params": tree, "batch_stats": tree}, with entries for the batch norms alone.
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     for prefix, path in paths.items():
         for collection, values in from_torch(state, prefix).items():
             flat |= {f"{collection}/{path}/{name}": value for name, value in values.items()}
@@ -114,7 +118,7 @@ def layers_from_torch(state: Mapping[str, Any], paths: Mapping[str, str]) -> dic
 
 def layers_to_torch(variables: Mapping[str, Any], paths: Mapping[str, str], *, debias: bool = False) -> Tensors:
     """The state dict entries of many batch norms; `paths` as in `layers_from_torch`."""
-    state = {}
+    state: Tensors = {}
     for prefix, path in paths.items():
         layer = {name: _at(variables.get(name, {}), path) for name in ("params", "batch_stats")}
         state |= to_torch(layer, prefix, debias=debias)
@@ -145,7 +149,7 @@ def from_keras(weights: Mapping[str, Any]) -> Variables:
         raise ValueError(f"no moving_mean and moving_variance among {sorted(weights)}; pass one layer's weights.")
     params = {ours: _array(weights[theirs]) for ours, theirs in _KERAS_PARAMS.items() if theirs in weights}
     mean, var = (at_least_float32(_array(weights[f"moving_{name}"])) for name in ("mean", "variance"))
-    return {"params": params, "batch_stats": {"mean": mean, "var": var}}
+    return _checked(dict(params=params, batch_stats=dict(mean=mean, var=var)), "the Keras layer")
 
 
 def to_keras(variables: Mapping[str, Any], *, debias: bool = False) -> Tensors:
@@ -155,12 +159,13 @@ def to_keras(variables: Mapping[str, Any], *, debias: bool = False) -> Tensors:
       variables: {"params", "batch_stats"}.
       debias: of the batch norm; Keras's averages are not corrected when read, so they are here.
     """
-    mean, var = running_moments(variables["batch_stats"], debias=debias)
+    mean, var = running_moments(_checked(variables, "the batch norm", flat=True)["batch_stats"], debias=debias)
     params = variables.get("params", {})
     weights = {theirs: _owned(params[ours]) for ours, theirs in _KERAS_PARAMS.items() if ours in params}
     return weights | {"moving_mean": _owned(mean), "moving_variance": _owned(var)}
 
 
+_SAME_SHAPE = ("scale", "bias", "mean", "var", "weight")
 _KERAS_PARAMS = {"scale": "gamma", "bias": "beta"}
 
 
@@ -181,8 +186,8 @@ def from_haiku(
     Raises:
       ValueError: the state holds no averages of a module of that name, with the names that it does hold.
     """
-    averages = {ours: state.get(f"{name}/~/{ours}_ema") for ours in ("mean", "var")}
-    if None in averages.values():
+    averages = {ours: state[key] for ours in ("mean", "var") if (key := f"{name}/~/{ours}_ema") in state}
+    if len(averages) < 2:
         held = sorted(key.removesuffix("/~/mean_ema") for key in state if key.endswith("/~/mean_ema"))
         raise ValueError(f"no mean_ema and var_ema of a module {name!r} in state; there are {held}.")
     given = params.get(name, {})
@@ -190,10 +195,10 @@ def from_haiku(
     batch_stats = {key: at_least_float32(_array(average["hidden"])).ravel() for key, average in averages.items()}
     weight = -math.expm1(float(_array(averages["mean"]["counter"])) * math.log(decay)) if decay else 1.0
     batch_stats["weight"] = jnp.full_like(batch_stats["var"], weight)
-    return {
-        "params": {key: _array(given[theirs]).ravel() for key, theirs in ours.items() if theirs in given},
-        "batch_stats": batch_stats,
+    found: dict[str, jax.Array] = {
+        key: _array(given[theirs]).ravel() for key, theirs in ours.items() if theirs in given
     }
+    return _checked({"params": found, "batch_stats": batch_stats}, f"the Haiku module {name!r}")
 
 
 def to_haiku(
@@ -219,7 +224,7 @@ def to_haiku(
     Returns:
       params {name: {"scale", "offset"}} and state {name/~/mean_ema: {"counter", "hidden", "average"}, ...}.
     """
-    mean, var = running_moments(variables["batch_stats"], debias=debias)
+    mean, var = running_moments(_checked(variables, "the batch norm", flat=True)["batch_stats"], debias=debias)
     missing = float(1 - np.max(variables["batch_stats"]["weight"])) if debias else 0.0
     counter = round(math.log(max(missing, _SETTLED)) / math.log(decay)) if decay else 1
     shape = [1] * ndim
@@ -234,12 +239,13 @@ def to_haiku(
 def from_nnx(state: Mapping[str, Any]) -> Variables:
     """Variables of one nnx BatchNorm from its pure dict, where "scale", "bias", "mean", "var" lie side by side."""
     values = {name: jnp.asarray(value) for name, value in state.items() if value is not None}
-    params = {name: values.pop(name) for name in ("scale", "bias") if name in values}
-    return {"params": params, "batch_stats": values}
+    params: dict[str, jax.Array] = {name: values.pop(name) for name in ("scale", "bias") if name in values}
+    return _checked({"params": params, "batch_stats": values}, "the nnx layer")
 
 
 def to_nnx(variables: Mapping[str, Any]) -> dict[str, jax.Array]:
     """The pure dict of one nnx BatchNorm, for `nnx.replace_by_pure_dict`."""
+    _checked(variables, "the batch norm")
     return {**variables.get("params", {}), **variables["batch_stats"]}
 
 
@@ -330,24 +336,44 @@ def arguments_from_flax(**arguments: Any) -> dict[str, Any]:
 
 def arguments_to_flax(**arguments: Any) -> dict[str, Any]:
     """Arguments for Flax's BatchNorm from those of `batch_norm`; ValueError for what Flax does not have."""
-    names = ("decay", "epsilon", "feature_axis", "axis_name", "axis_index_groups", "use_scale", "use_bias")
-    names += ("scale_init", "bias_init", "dtype", "param_dtype")
-    given = _only(arguments, "Flax", names)
+    scope = ("feature_axis", "axis_name", "axis_index_groups")
+    affine = ("use_scale", "use_bias", "scale_init", "bias_init", "dtype", "param_dtype")
+    given = _only(arguments, "Flax", ("decay", "epsilon", *scope, *affine))
     renamed = {"decay": "momentum", "feature_axis": "axis"}
     return {renamed.get(name, name): value for name, value in given.items() if name in arguments}
 
 
 def _only(arguments, package, names) -> dict[str, Any]:
     """All arguments of `batch_norm`; ValueError where one has no counterpart and is not left at its default."""
-    # Neither changes what is computed from finite batches of more than one value.
-    names = (*names, "skip_nonfinite", "allow_single_value")
+    # Neither of the further two changes what is computed from finite batches of more than one value.
+    known = (*names, "skip_nonfinite", "allow_single_value")
     unknown = arguments.keys() - _DEFAULTS.keys()
     if unknown:
         raise TypeError(f"batch_norm has no arguments {sorted(unknown)}.")
-    lost = [name for name, value in arguments.items() if name not in names and value != _DEFAULTS[name]]
+    lost = [name for name, value in arguments.items() if name not in known and value != _DEFAULTS[name]]
     if lost:
         raise ValueError(f"{package} has nothing for {', '.join(f'{name}={arguments[name]!r}' for name in lost)}.")
     return _DEFAULTS | arguments
+
+
+def _checked(variables: V, layer: str, flat: bool = False) -> V:
+    """The variables, if they are those of one batch norm; a ValueError says what is wrong with the layer."""
+    held = {name: variables.get(name, {}) for name in AFFINE_NAMES}
+    more = sorted(name for kind, names in AFFINE_NAMES.items() for name in held[kind] if name not in names)
+    missing = [name for name in ("mean", "var") if name not in held["batch_stats"]]
+    if more or missing:
+        found = {kind: sorted(values) for kind, values in held.items()}
+        raise ValueError(f"{layer} has {found}; expected the params and batch_stats of a batch norm.")
+    shapes = {name: np.shape(v) for values in held.values() for name, v in values.items() if name in _SAME_SHAPE}
+    if len(set(shapes.values())) != 1:
+        raise ValueError(f"{layer} has arrays of shapes {shapes}; expected one shape, that of its features.")
+    if flat and len(shapes["mean"]) != 1:
+        raise ValueError(f"{layer} has arrays of shapes {shapes}; expected flat vectors of [features].")
+    var = held["batch_stats"]["var"]
+    lowest = 0 if isinstance(var, jax.core.Tracer) else np.min(np.asarray(var), initial=0)
+    if lowest < 0:
+        raise ValueError(f"{layer} has a variance of {lowest:g}; expected none below 0: the file may be damaged.")
+    return variables
 
 
 def _complement(share):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from normalizers import CASES, ready
 
 import jaxbn
 from jaxbn import convert
@@ -319,6 +320,86 @@ def test_flax_nnx_takes_our_variables_and_gives_them_back():
     with jax.numpy_rank_promotion("allow"):
         assert_same(layer(LAST), evaluated({}, variables, LAST))
     assert_identical(convert.from_nnx(nnx.to_pure_dict(nnx.state(layer))), variables)
+
+
+# Refusals
+
+
+def through_torch(variables):
+    names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+    flat = variables["params"] | variables["batch_stats"]
+    return convert.from_torch({f"bn.{names[name]}": value for name, value in flat.items()}, "bn")
+
+
+def through_keras(variables):
+    names = {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"}
+    flat = variables["params"] | variables["batch_stats"]
+    return convert.from_keras({f"bn/{names[name]}:0": value for name, value in flat.items()})
+
+
+def through_haiku(variables):
+    params = {"scale": variables["params"]["scale"], "offset": variables["params"]["bias"]}
+    averages = {f"bn/~/{n}_ema": {"counter": 7, "hidden": v} for n, v in variables["batch_stats"].items()}
+    return convert.from_haiku({"bn": params}, averages, "bn", decay=0.9)
+
+
+def through_nnx(variables):
+    return convert.from_nnx(variables["params"] | variables["batch_stats"])
+
+
+# Into jaxbn and out of it.
+CONVERSIONS = {
+    "from torch": through_torch,
+    "from Keras": through_keras,
+    "from Haiku": through_haiku,
+    "from nnx": through_nnx,
+    "to torch": convert.to_torch,
+    "to Keras": convert.to_keras,
+    "to Haiku": lambda variables: convert.to_haiku(variables, decay=0.9, ndim=2),
+    "to nnx": convert.to_nnx,
+}
+EACH_WAY = pytest.mark.parametrize("conversion", CONVERSIONS.values(), ids=CONVERSIONS)
+
+
+@EACH_WAY
+def test_variables_of_one_batch_norm_convert(conversion):
+    assert conversion(drawn())
+
+
+@EACH_WAY
+def test_a_negative_variance_is_refused(conversion):
+    variables = drawn()
+    variables["batch_stats"]["var"] = np.array([1.0, -0.5, 1.0], np.float32)
+    with pytest.raises(ValueError, match=r"a variance of -0\.5; expected none below 0"):
+        conversion(variables)
+
+
+@EACH_WAY
+@pytest.mark.parametrize("name", ["scale", "bias", "mean", "var"])
+def test_shapes_that_do_not_belong_together_are_refused(conversion, name):
+    variables = drawn()
+    collection = "params" if name in ("scale", "bias") else "batch_stats"
+    variables[collection][name] = np.ones(4, np.float32)
+    with pytest.raises(ValueError, match=rf"arrays of shapes .*'{name}': \(4,\)"):
+        conversion(variables)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CONVERSIONS.items() if n.startswith("to ")])
+@pytest.mark.parametrize("norm", CASES)
+def test_every_normalizer_converts_or_is_refused(norm, name):
+    variables = ready(norm).variables
+    if norm.startswith(("batch_norm", "ghost", "batch_renorm", "stochastic", "noisy", "frozen")):
+        assert CONVERSIONS[name](variables)
+        return
+    if norm == "split_batch_norm" and name == "to nnx":
+        return  # All of its arrays are [domains, features], and go as they are.
+    with pytest.raises(ValueError, match="the batch norm has"):
+        CONVERSIONS[name](variables)
+
+
+def test_a_torch_layer_without_its_variance_is_refused():
+    with pytest.raises(ValueError, match="no running_mean and running_var under 'bn'"):
+        convert.from_torch({"bn.running_mean": np.zeros(3)}, "bn")
 
 
 # Hyperparameters

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from normalizers import CASES, ready
 
 import jaxbn.nnx
 from jaxbn._moments import Moments
@@ -66,6 +67,37 @@ def test_debiased_averages_are_corrected_first():
 def test_a_layer_without_scale_and_bias_counts_as_ones_and_zeros():
     row = only(running_stats_summary({"batch_stats": one_layer()["batch_stats"]}))
     assert (row.silent, row.negative) == (0, 0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_normalizer_with_a_running_mean_and_variance_has_a_healthy_row(name):
+    variables = ready(name).variables
+    rows = running_stats_summary(variables)
+    assert len(rows) == ({"mean", "var"} <= set(variables["batch_stats"]))
+    for row in rows:
+        assert row.features == variables["batch_stats"]["mean"].size
+        assert row[2:6] == (0, 0, 0, 0)
+        assert np.all(np.isfinite(row[6:10]))
+
+
+def test_what_classes_choose_counts_where_it_holds_for_every_class():
+    variables = one_layer()
+    scale, bias = np.ones((2, 4)), np.zeros((2, 4))
+    scale[:, 0], scale[0, 1], bias[:, 2], bias[0, 3] = 0, 0, -5, -5
+    row = only(running_stats_summary(variables | {"params": {"scale": scale, "bias": bias}}))
+    assert (row.silent, row.negative) == (1, 1)
+
+
+def test_what_vectors_choose_counts_where_the_vector_changes_nothing():
+    params = one_layer(scale=(0, 0, 1, 1), bias=(0, 0, -5, -5))["params"]
+    kernel = np.array([[0.0, 1, 0, 1]])
+    params |= {"scale_kernel": kernel, "bias_kernel": np.zeros((1, 4))}
+    row = only(running_stats_summary(one_layer() | {"params": params}))
+    assert (row.silent, row.negative) == (1, 1)
+
+
+def test_a_network_without_statistics_has_no_rows():
+    assert running_stats_summary({"params": {"dense": {"kernel": np.ones((2, 2))}}}) == []
 
 
 def test_layers_of_a_tree_are_rows_by_path():

@@ -12,6 +12,7 @@ from jaxbn._running import running_moments
 
 # bias + _REACH * |scale| < 0: a standard normal is above 4 once in 30,000 values, so that a relu lets nothing through.
 _REACH = 4.0
+_AFFINE = ("scale", "bias")
 
 
 class LayerSummary(NamedTuple):
@@ -21,8 +22,8 @@ class LayerSummary(NamedTuple):
       path: of the layer, "/" between names.
       features: how many there are.
       constant: how many have a variance below epsilon: they are scaled by 1 / sqrt(epsilon) rather than standardized.
-      silent: how many have a scale of 0, and so say nothing of their input.
-      negative: how many a relu after the layer shuts off: bias + 4 |scale| < 0, scale not 0.
+      silent: how many have a scale of 0, whatever the condition, and so tell nothing of their input.
+      negative: how many a relu after the layer shuts off, whatever the condition: bias + 4 |scale| < 0, scale not 0.
       nonfinite: how many have a mean or variance that is not finite, or a negative variance.
       var_min: least running variance of the finite features.
       var_median: their median.
@@ -58,16 +59,17 @@ def running_stats_summary(
 
     Args:
       variables: {"params", "batch_stats"}: dicts of any depth, `nnx.State`s, or those of one normalizer. Features of
-        any shape.
+        any shape. Layers without a running mean and variance, such as layer norm, have no row.
       moments: {path: Moments of the layer's input}, of a batch or of a data set, as `input_moments` measures them:
         what the running statistics are held against. Layers that it leaves out have no drift.
       epsilon: of the layers.
       debias: of the layers.
 
     Returns:
-      One LayerSummary a layer, in the order of the tree. A layer without scale or bias counts as having ones or zeros.
+      One LayerSummary a layer, in the order of the tree. A layer without scale or bias counts as having ones or zeros;
+      one that chooses them by class or vector counts what holds for every class or vector.
     """
-    layers, params = find_layers(variables["batch_stats"]), leaves_by_path(variables.get("params", {}))
+    layers, params = find_layers(variables.get("batch_stats", {})), leaves_by_path(variables.get("params", {}))
     moments = {} if moments is None else moments
     return [
         _layer(path, stats, params.get(path, {}), moments.get(path), epsilon, debias) for path, stats in layers.items()
@@ -88,15 +90,14 @@ def _layer(path, stats, params, moments, epsilon, debias) -> LayerSummary:
     mean, var = (np.asarray(v) for v in running_moments(stats, debias=debias))
     mean, var = mean.astype(np.result_type(mean, np.float64)), var.astype(np.float64)
     sound = np.isfinite(mean) & np.isfinite(var) & (var >= 0)
-    scale = np.abs(np.broadcast_to(np.asarray(params.get("scale", 1.0), float), var.shape))
-    bias = np.broadcast_to(np.asarray(params.get("bias", 0.0), float), var.shape)
+    silent, negative = _shut(params, var.shape)
     finite = var[sound] if sound.any() else np.array([np.nan])
     return LayerSummary(
         path=path,
         features=var.size,
         constant=int(np.sum(sound & (var < epsilon))),
-        silent=int(np.sum(scale == 0)),
-        negative=int(np.sum((bias + _REACH * scale < 0) & (scale > 0))),
+        silent=int(np.sum(silent)),
+        negative=int(np.sum(negative)),
         nonfinite=int(np.sum(~sound)),
         var_min=float(finite.min()),
         var_median=float(np.median(finite)),
@@ -104,6 +105,18 @@ def _layer(path, stats, params, moments, epsilon, debias) -> LayerSummary:
         mean_over_std=_greatest(np.abs(mean[sound]) / np.sqrt(var[sound] + epsilon)),
         **_drift(mean[sound], var[sound], moments, sound, epsilon),
     )
+
+
+def _shut(params, features) -> tuple[np.ndarray, np.ndarray]:
+    """Which features are silent and which negative, under every condition: bool, of the features' shape."""
+    # Classes have a scale and bias each, along one more axis at the start.
+    scale, bias = (np.asarray(params.get(n, default), float) for n, default in (("scale", 1.0), ("bias", 0.0)))
+    rows = np.broadcast_shapes(scale.shape, bias.shape, (1, *features))
+    scale, bias = np.abs(np.broadcast_to(scale, rows)), np.broadcast_to(bias, rows)
+    # Vectors move the scale and bias by a kernel, [vector, features].
+    fixed = [np.all(np.asarray(params.get(f"{n}_kernel", np.zeros((1, *features)))) == 0, axis=0) for n in _AFFINE]
+    silent = np.all(scale == 0, axis=0) & fixed[0]
+    return silent, np.all(bias + _REACH * scale < 0, axis=0) & ~silent & fixed[0] & fixed[1]
 
 
 def _drift(mean, var, moments, sound, epsilon) -> dict[str, float]:
