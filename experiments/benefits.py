@@ -164,7 +164,7 @@ EXPERIMENT = Experiment(
     ],
     tables=[
         table_of("Final test accuracy", accuracy, rows=CELLS, columns="arm", published=PUBLISHED),
-        table_of(f"Steps to {LEARNT:.0%} test accuracy", steps_to_learn, rows=CELLS, columns="arm", digits=0),
+        table_of(f"Steps to {LEARNT:.0%} test accuracy", steps_to_learn, rows=CELLS, columns="arm", form=".0f"),
         table_of(
             "Test accuracy, one image at a time (relu, batch norm, std 0.05, rate 0.01)", alone,
             rows=[], columns="predicts with", published=PUBLISHED_ALONE,

@@ -126,7 +126,7 @@ EXPERIMENT = Experiment(
             lambda r: 1e15 * r.convolution.expand_dims(between=["1 x 1 convolution and dense layer"]),
             rows=["compared"],
             columns="between",
-            digits=2,
+            form=".2f",
         )
     ],
 )

@@ -151,6 +151,14 @@ def test_a_table_has_mean_and_deviation_beside_the_published_figure():
     assert shown.note == "Mean ± standard deviation of 2 seeds, mnist5k, 20 steps."
 
 
+def test_a_table_of_several_metrics_writes_each_in_its_own_form():
+    cells = {"error": ("seed", [1e-6, 3e-6]), "share": ("seed", [0.5, 1.0])}
+    values = xr.Dataset(cells).to_dataarray("metric").expand_dims(depth=[2])
+    form = {"error": ".1e", "share": ".0%"}
+    table = table_of("T", lambda r: values, rows=["depth"], columns="metric", form=form)(Sizes, None)
+    assert table.rows == [["2", "2.0e-06 ± 1.4e-06", "75% ± 35%"]]
+
+
 def test_mean_and_deviation_of_one_value_of_none_and_of_some():
     assert mean_and_std(np.array([0.5])) == "0.500"
     assert mean_and_std(np.array([0.4, 0.6])) == "0.500 ± 0.141"

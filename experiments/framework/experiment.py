@@ -21,12 +21,19 @@ class Settings:
       data: name of the data set; None if none is used.
       steps: of training.
       interval: steps between two measurements.
+      first_seed: the seeds are this and the next ones; a pilot has others than the run that is judged.
     """
 
     seeds: int
     data: str | None = None
     steps: int = 0
     interval: int = 0
+    first_seed: int = 0
+
+    @property
+    def every_seed(self) -> range:
+        """The seeds of the repetitions."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass(frozen=True)

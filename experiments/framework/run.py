@@ -92,10 +92,10 @@ def config_of(experiment: Experiment, name: str, preset: str, settings: Settings
     return config
 
 
-def measure(experiment: Experiment, settings: Settings, record: Record, track: Track, first_seed: int = 0) -> None:
+def measure(experiment: Experiment, settings: Settings, record: Record, track: Track) -> None:
     """Train the grid and run the stages; what the record has is not done again."""
     if experiment.grid is not None:
-        _train(experiment.grid, settings, record, track, first_seed)
+        _train(experiment.grid, settings, record, track)
     stages = list(experiment.stages(settings)) if experiment.stages else []
     for number, stage in enumerate(stages):
         track("stages" if len(stages) > 1 else stage.name, number, len(stages))
@@ -106,7 +106,7 @@ def measure(experiment: Experiment, settings: Settings, record: Record, track: T
         track("stages" if len(stages) > 1 else stages[-1].name, len(stages), len(stages))
 
 
-def _train(grid: Grid, settings: Settings, record: Record, track: Track, first_seed: int) -> None:
+def _train(grid: Grid, settings: Settings, record: Record, track: Track) -> None:
     dataset = data.load(settings.data)
     schedule = Schedule(settings.steps, settings.interval, grid.batch_size)
 
@@ -119,7 +119,7 @@ def _train(grid: Grid, settings: Settings, record: Record, track: Track, first_s
 
     chosen = None if grid.search is None else search(grid, train)
     for program in results.programs_of(grid):
-        runs = runs_of(grid.runs, settings.seeds, first_seed)
+        runs = runs_of(grid.runs, settings.seeds, settings.first_seed)
         runs = runs if chosen is None else with_chosen(runs, chosen, program)
         train(results.program_name(program), program, runs, grid.conclude)
 
@@ -142,11 +142,12 @@ def plan(experiment: Experiment, name: str, preset: str, settings: Settings, dir
     """
     if settings.seeds < 2:
         raise UserError("a pilot needs two seeds at least, for a standard deviation")
+    settings = dataclasses.replace(settings, first_seed=PILOT_SEED)
     record = open_record(directory, config_of(experiment, name, f"{preset}, pilot", settings))
     console = Console()
     if not record.finished:
         with progress(console) as track:
-            measure(experiment, settings, record, track, first_seed=PILOT_SEED)
+            measure(experiment, settings, record, track)
         record.close()
     found = results.results_of(experiment, record.rows())
     rows = []

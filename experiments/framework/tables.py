@@ -1,6 +1,6 @@
 """Tables as plain data, made from arrays with named axes, shown on a terminal or written as Markdown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,7 @@ def table_of(
     rows: Sequence[str],
     columns: str,
     published: xr.DataArray | None = None,
-    digits: int = 3,
+    form: str | Mapping[str, str] = ".3f",
     note: str = "",
     over: str = "seed",
 ) -> Callable[[Any, xr.Dataset], Table]:
@@ -37,7 +37,7 @@ def table_of(
       rows: names of axes.
       columns: name of one axis.
       published: the source's figures over the same axes without `over`; each column gets one of theirs beside ours.
-      digits: after the point.
+      form: how figures are written, as in an f-string: ".3f", ".1%", ".2g"; or {value of `columns`: form}.
       note: under the table, after the number of seeds, the data and the steps.
       over: the axis over which mean and deviation are taken.
 
@@ -48,15 +48,17 @@ def table_of(
     def table(settings: Any, results: xr.Dataset) -> Table:
         array = values(results)
         heads = [_label(value) for value in array[columns].values]
+        forms = [form if isinstance(form, str) else form[value] for value in array[columns].values]
         known = [] if published is None else [name for name in (*rows, columns) if name in published.dims]
         theirs = None if published is None else published.reindex({name: array[name].values for name in known})
         lines = []
         for place in np.ndindex(*(array.sizes[name] for name in rows)):
             at = {name: array[name].values[index] for name, index in zip(rows, place, strict=True)}
-            cells = [mean_and_std(some, digits) for some in array.sel(at).transpose(columns, over).values]
+            ours = array.sel(at).transpose(columns, over).values
+            cells = [mean_and_std(some, form) for some, form in zip(ours, forms, strict=True)]
             if theirs is not None:
                 figures = theirs.sel({name: value for name, value in at.items() if name in theirs.dims}).values
-                cells += ["" if np.isnan(value) else f"{value:.{digits}f}" for value in figures]
+                cells += ["" if np.isnan(v) else f"{v:{form}}" for v, form in zip(figures, forms, strict=True)]
             lines.append([*map(_label, at.values()), *cells])
         names = [*heads, *(f"published {head}" for head in heads)] if published is not None else heads
         return Table(title, [*rows, *names], lines, f"{basis(settings)} {note}".strip())
@@ -71,12 +73,12 @@ def basis(settings: Any) -> str:
     return ", ".join(part for part in parts if part) + "."
 
 
-def mean_and_std(values: np.ndarray, digits: int = 3) -> str:
+def mean_and_std(values: np.ndarray, form: str = ".3f") -> str:
     """Mean and standard deviation over seeds, in words; no deviation for one seed. nan is left out, and counted."""
     known = values[~np.isnan(values)]
     if not len(known):
         return "–"
-    words = f"{known.mean():.{digits}f}" + (f" ± {known.std(ddof=1):.{digits}f}" if len(known) > 1 else "")
+    words = f"{known.mean():{form}}" + (f" ± {known.std(ddof=1):{form}}" if len(known) > 1 else "")
     return words if len(known) == len(values) else f"{words} ({len(known)} of {len(values)})"
 
 

@@ -107,9 +107,9 @@ def whitening_norm(
             axes = reduced_axes(x.ndim, feature_axis)
             check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
             rows = measure_groups(x, weights, None, axes, axis_group)
-            c = silenced(centered(x, axis_group.own(rows), axes), weights)
+            c = silenced(centered(x, axis_group.select_group(rows), axes), weights)
             covariances = _covariances(c, weights, rows.count)
-            whitening = _inverse_root(axis_group.own(covariances))
+            whitening = _inverse_root(axis_group.select_group(covariances))
             batch_stats = _moved(batch_stats, rows, covariances, whitening)
         else:
             kept = lax.stop_gradient(batch_stats)
@@ -139,7 +139,7 @@ def whitening_norm(
         With groups of shards as `AxisGroup.total` gives it.
         """
         rows = _rows(c)
-        share = safe_divide(jnp.ones((), rows.dtype), jnp.max(axis_group.own(counts)))
+        share = safe_divide(jnp.ones((), rows.dtype), jnp.max(axis_group.select_group(counts)))
         if weights is None:
             # Each factor takes its root of the share, so that the sum of squares has room in float32.
             rows = rows * jnp.sqrt(share)
@@ -157,7 +157,7 @@ def whitening_norm(
 
     def _total(products):
         # By this name the policies of `jax.checkpoint` keep it, and the backward pass needs no collective for it.
-        return checkpoint_name(axis_group.total(products), STATISTICS)
+        return checkpoint_name(axis_group.psum(products), STATISTICS)
 
     def _pooled_covariance(rows, measured, covariances):
         """Covariance of all values: those within the groups of shards, and that of the groups' means."""
