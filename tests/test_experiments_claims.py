@@ -2,10 +2,12 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import xarray as xr
 
 from experiments.framework import registry
-from experiments.framework.claim import Claim, Compared, fingerprint, source_of
+from experiments.framework.claim import Claim, Compared, Least, fingerprint, source_of
 
 WORDS = {"measures": "m", "unit": "u"}
 
@@ -88,3 +90,34 @@ def test_every_claim_of_an_experiment_is_fixed_by_itself(name):
     for number, one in enumerate(claims):
         changed = [*claims[:number], dataclasses.replace(one, unit=one.unit + "!"), *claims[number + 1 :]]
         assert fingerprint(changed) != fingerprint(claims)
+
+
+def shares(*, lacking: bool = False) -> xr.Dataset:
+    """Cells [depth, scale, seed], the least of them 0.2 and 0.3; one at depth 2 does not exist."""
+    values = np.array([[[0.9, 0.8], [np.nan, np.nan]], [[0.2, 0.7], [0.5, 0.3]]])
+    if lacking:
+        values[0, 0, 1] = np.nan
+    return xr.Dataset(
+        {"share": (("depth", "scale", "seed"), values)},
+        {"depth": [2, 3], "scale": ["small", "large"], "seed": [0, 1]},
+    )
+
+
+def test_the_least_of_all_cells_is_taken_seed_by_seed():
+    least = Least(lambda r: r.share, "scale")
+    np.testing.assert_array_equal(least(shares()), [0.2, 0.3])
+    assert least.found(shares()) == "Least by scale: small 0.45; large 0.4."
+
+
+def test_a_seed_without_a_cell_that_others_have_has_no_least():
+    np.testing.assert_array_equal(Least(lambda r: r.share, "scale")(shares(lacking=True)), [0.2, np.nan])
+
+
+def test_a_claim_about_the_least_says_so_and_its_effect_is_fingerprinted():
+    claims = [
+        Claim("Holds everywhere.", Least(lambda r: r.share, by), measures="share", unit="share", above=0.1)
+        for by in ("scale", "depth")
+    ]
+    assert claims[0].criterion.startswith("Share, the least of all cells; ")
+    assert claims[0].in_figures(shares()).startswith("Least by scale")
+    assert fingerprint(claims[:1]) != fingerprint(claims[1:])

@@ -4,7 +4,7 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import KW_ONLY, astuple, dataclass, is_dataclass
 from functools import partial
 from types import FunctionType
@@ -51,6 +51,37 @@ class Compared:
             return ""
         first, second = (f"{float(both.where(known).sel({self.axis: a}).mean()):.4g}" for a in (self.arm, self.against))
         return f"Mean {first} ({self.arm}) against {second} ({self.against})."
+
+
+@dataclass(frozen=True)
+class Least:
+    """An effect: the least of all cells, seed by seed, for what is claimed to hold everywhere.
+
+    Attributes:
+      values: values(results) -> array with the axes `over` and `by`; a cell that no seed has is left out.
+      by: the axis along which a reader is shown where it holds less.
+      over: the axis of independent repetitions.
+    """
+
+    values: Callable[[xr.Dataset], xr.DataArray]
+    by: str
+    over: str = "seed"
+
+    def __call__(self, results: xr.Dataset) -> xr.DataArray:
+        """The effect; nan for a seed that lacks a cell which others have."""
+        values = self.values(results)
+        return self._least(values, [axis for axis in values.dims if axis != self.over])
+
+    def _least(self, values: xr.DataArray, axes: Sequence[Hashable]) -> xr.DataArray:
+        lacking = values.isnull() & values.notnull().any(self.over)
+        return values.min(axes).where(~lacking.any(axes))
+
+    def found(self, results: xr.Dataset) -> str:
+        """The mean over seeds of the least, for each value of `by`."""
+        values = self.values(results)
+        least = self._least(values, [axis for axis in values.dims if axis not in (self.over, self.by)]).mean(self.over)
+        cells = (f"{value} {float(least.sel({self.by: value})):.4g}" for value in least[self.by].values)
+        return f"Least by {self.by}: {'; '.join(cells)}."
 
 
 @dataclass(frozen=True)
@@ -123,6 +154,8 @@ class Claim:
         measures = self.measures[:1].upper() + self.measures[1:]
         if isinstance(self.effect, Compared):
             measures += f": {self.effect.words}"
+        if isinstance(self.effect, Least):
+            measures += ", the least of all cells"
         if self.kind == "exact":
             return f"{measures}; supported if the largest is at most {self.threshold:g}."
         mean = "geometric mean" if self.ratio else "mean"
@@ -137,7 +170,7 @@ class Claim:
         """The figures behind the effect, in a sentence; empty if there is none."""
         if self.found is not None:
             return self.found(results)
-        return self.effect.found(results) if isinstance(self.effect, Compared) else ""
+        return self.effect.found(results) if isinstance(self.effect, Compared | Least) else ""
 
 
 def fingerprint(claims: Sequence[Claim]) -> str:
