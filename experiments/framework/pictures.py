@@ -125,11 +125,46 @@ def figure(rows: int = 1, columns: int = 1, *, size: tuple[float, float]) -> tup
         return plt.subplots(rows, columns, figsize=(size[0] * columns, size[1] * rows + 0.8), squeeze=False)
 
 
-def band(ax: Axes, x: Sequence[float], values: np.ndarray, *, label: str, color: str, style: str = "-") -> None:
-    """Draw the mean over seeds of `values` [seeds, points] as a curve, and the range over seeds as a band."""
-    values = np.asarray(values, np.float64)
-    ax.fill_between(x, values.min(axis=0), values.max(axis=0), color=color, alpha=0.18, linewidth=0)
-    ax.plot(x, values.mean(axis=0), style, color=color, label=label, linewidth=1.8)
+def lines(ax: Axes, array: xr.DataArray, x: str, **options: Any) -> None:
+    """Lines along the axis `x` in one panel: means over the axes that are not drawn, their range as a band.
+
+    Args:
+      ax: the panel.
+      array: with the axis x, and a name.
+      x: the axis along which lines go.
+      **options: for `seaborn.lineplot`, such as `hue`, the axis whose values have colours, and their `palette`.
+    """
+    frame = array.to_dataframe().reset_index()
+    sns.lineplot(frame, x=x, y=str(array.name), **{"errorbar": ("pi", 100), "ax": ax, **options})
+
+
+def panels(
+    *draw: Callable[[Axes, Any, xr.Dataset], None],
+    title: str,
+    caption: str,
+    file: str,
+    size: tuple[float, float] = (5.0, 4.2),
+) -> Callable[[Any, xr.Dataset], Drawn]:
+    """Panels side by side that show different things.
+
+    Args:
+      *draw: draw(ax, settings, results) fills one panel, with its labels and its title.
+      title: the question that the picture answers.
+      caption: what is to be seen; put under the picture.
+      file: name of the PNG.
+      size: of a panel in inches.
+
+    Returns:
+      picture(settings, results) -> Drawn, as an Experiment wants it.
+    """
+
+    def picture(settings: Any, results: xr.Dataset) -> Drawn:
+        drawn, axes = figure(1, len(draw), size=size)
+        for one, ax in zip(draw, axes[0], strict=True):
+            one(ax, settings, results)
+        return finish(drawn, file, title, caption)
+
+    return picture
 
 
 def finish(drawn: Figure, file: str, title: str, caption: str) -> Drawn:
