@@ -58,6 +58,18 @@ def test_the_hash_is_the_same_when_asked_again_and_in_another_layout():
     assert fingerprint([one]) == fingerprint([one]) == fingerprint([two])
 
 
+def test_a_constant_that_an_effect_uses_is_part_of_the_hash(monkeypatch):
+    before = fingerprint([claim(effect=lambda r: r.v.sel(unit=WORDS["unit"]))])
+    monkeypatch.setitem(WORDS, "unit", "other")
+    assert fingerprint([claim(effect=lambda r: r.v.sel(unit=WORDS["unit"]), unit="u")]) != before
+
+
+@pytest.mark.parametrize("name", registry.EXPERIMENTS)
+def test_the_hash_of_an_experiment_is_the_same_in_every_process(name):
+    sources = [source for claim in registry.load(name).claims for source in source_of(claim.effect)]
+    assert not any(" at 0x" in source for source in sources)
+
+
 def test_functions_that_an_effect_calls_are_part_of_its_source():
     assert any("r.v" in source for source in source_of(effect))
     assert any("r.w" in source for source in source_of(Compared(lambda r: other_helper(r))))

@@ -12,6 +12,7 @@ from types import FunctionType
 import xarray as xr
 
 KINDS = ("above", "below", "equal", "exact")
+CONSTANTS = (bool, int, float, str, tuple, list, dict)  # the types of the constants that an effect may depend on
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,8 @@ class Claim:
 def fingerprint(claims: Sequence[Claim]) -> str:
     """SHA-256 of what fixes the claims: sentence, kind, threshold, unit, and the source of the effect.
 
-    The source is that of the effect's function and of the functions of the same module that it calls; layout and
-    comments do not count.
+    The source is that of the effect's function and of the functions of the same module that it calls, with the
+    constants that they use; layout and comments do not count.
     """
     parts = [(c.sentence, c.kind, c.threshold, c.unit, c.ratio, c.over, *source_of(c.effect)) for c in claims]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -197,12 +198,22 @@ def source_of(effect: Callable) -> list[str]:
             found[f"partial:{id(one)}"] = repr((one.args, one.keywords))
         elif (name := _name(one)) and name not in found:
             found[name] = _code(one)
-            used = (one.__globals__.get(name) for name in _names(one.__code__))
-            waiting += [v for v in used if isinstance(v, FunctionType) and v.__module__ == one.__module__]
+            used = {used: one.__globals__[used] for used in sorted({*_names(one.__code__)}) if used in one.__globals__}
+            waiting += [v for v in used.values() if isinstance(v, FunctionType) and v.__module__ == one.__module__]
+            found[f"{name} uses"] = repr({used: _plain(v) for used, v in used.items() if isinstance(v, CONSTANTS)})
             inner = [cell.cell_contents for cell in one.__closure__ or ()]
             waiting += [v for v in inner if isinstance(v, FunctionType)]
             found[f"{name} closes over"] = repr([v for v in inner if not callable(v)])
     return sorted(found.values())
+
+
+def _plain(value):
+    """A constant without what has no lasting `repr`, such as a function in a dictionary."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(entry) for entry in value]
+    return value if isinstance(value, CONSTANTS) else type(value).__name__
 
 
 def _name(function) -> str | None:
