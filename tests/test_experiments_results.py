@@ -164,3 +164,5 @@ def test_mean_and_deviation_of_one_value_of_none_and_of_some():
     assert mean_and_std(np.array([0.4, 0.6])) == "0.500 ± 0.141"
     assert mean_and_std(np.array([0.4, 0.6, np.nan])) == "0.500 ± 0.141 (2 of 3)"
     assert mean_and_std(np.array([np.nan])) == "–"
+    assert mean_and_std(np.array([1e200, 3e200]), ".1e") == "2.0e+200 ± 1.4e+200"
+    assert mean_and_std(np.zeros(2), ".2g") == "0 ± 0"

@@ -78,7 +78,8 @@ def mean_and_std(values: np.ndarray, form: str = ".3f") -> str:
     known = values[~np.isnan(values)]
     if not len(known):
         return "–"
-    words = f"{known.mean():{form}}" + (f" ± {known.std(ddof=1):{form}}" if len(known) > 1 else "")
+    size = np.abs(known).max() or 1.0  # the square of a number beyond 1e154 would overflow
+    words = f"{known.mean():{form}}" + (f" ± {size * (known / size).std(ddof=1):{form}}" if len(known) > 1 else "")
     return words if len(known) == len(values) else f"{words} ({len(known)} of {len(values)})"
 
 
