@@ -112,9 +112,7 @@ def over_draws(values: xr.DataArray) -> xr.DataArray:
 
 
 @partial(jax.jit, static_argnames=("deepest", "draws", "batch"))
-def measure(
-    depth: int, seed: int, *, deepest: int, draws: int, batch: int
-) -> tuple[dict[str, Array], dict[str, Array]]:
+def measure(depth: int, seed: int, *, deepest: int, draws: int, batch: int) -> tuple[dict, dict]:
     """`measure_step` [arms, scales, draws, ...] and `measure_below` [arithmetics, scales, draws, changes].
 
     Every depth has its own draws, the same for every arm. One program serves all depths: the last `depth` layers of
@@ -181,26 +179,22 @@ def measure_below(plain: Array, dtype: type, epsilon: float, weights: Array, noi
     }
 
 
-def growth(r: xr.Dataset, scale: str) -> xr.DataArray:
-    """Factor per layer by which the second-order term grows over the forecast, from the shallowest chain on.
-
-    That there are depth - 1 times as many such terms is divided out.
-    """
-    second = medians(r).second.sel(scale=scale) / (r.depth - 1)
-    return (second[{"depth": -1}] / second[{"depth": 0}]) ** (1 / (r.depth[-1] - r.depth[0]))
-
-
 def medians(r: xr.Dataset) -> xr.Dataset:
     """The medians over draws of the plain chain."""
     return r.sel(arm=PLAIN, quantile=0.5)
+
+
+def growth(r: xr.Dataset, scale: str) -> xr.DataArray:
+    """Factor per layer by which the second-order term grows over the forecast; its depth - 1 parts divided out."""
+    second = medians(r).second.sel(scale=scale) / (r.depth - 1)
+    return (second[{"depth": -1}] / second[{"depth": 0}]) ** (1 / (r.depth[-1] - r.depth[0]))
 
 
 def corners(r: xr.Dataset) -> xr.DataArray:
     """Share of draws in which h_hat does what it should after each change."""
     r = r.sel(arithmetic=EXACT)
     expected = {"one set to zero": r.collapsed, "one sign flipped": r.opposite, "two signs flipped": r.same}
-    parts = [expected.get(name, r.same + r.opposite).sel(change=[name]) for name in CHANGES]
-    return xr.concat(parts, "change")
+    return xr.concat([expected.get(c, r.same + r.opposite).sel(change=[c]) for c in CHANGES], "change")
 
 
 def by_depth(
@@ -235,9 +229,7 @@ def draw_variance(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
 
 share = partial(Claim, unit="share of draws", above=0.99)
 per_layer = partial(Claim, unit="times per layer", above=1.05, ratio=True)
-as_forecast = partial(
-    share, measures=f"share of draws whose true change is within {HOLDS:g} of the forecast (rate {RATE:g})"
-)
+as_forecast = partial(share, measures=f"share of draws within {HOLDS:g} of the forecast change (rate {RATE:g})")
 stays_unit = partial(share, measures=f"share of draws with mean 0 and variance 1 to {CLOSE:g}, after every change")
 
 EXPERIMENT = Experiment(
