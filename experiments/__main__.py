@@ -1,5 +1,9 @@
 """`python -m experiments`: list, run and report experiments, and run benchmarks."""
 
+import contextlib
+import errno
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.errors import UserError
-from experiments.framework import registry
+from experiments.framework import lock, registry, stopping
+from experiments.framework.files import NO_SPACE, reason
 
 INTERRUPTED = 130  # the exit status of a program ended by Ctrl-C
 USER_ERROR = 2
@@ -168,16 +173,38 @@ def parse_seeds(text: str) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; the exit status."""
+    again = " ".join(["python -m experiments", *arguments])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has not all characters is no error
     try:
-        return app.cli(args=arguments or ["list"], prog="python -m experiments") or 0
+        with stopping.stopping_at_once():
+            return app.cli(args=arguments or ["list"], prog="python -m experiments") or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        complain(f"error: {error}")
+        return error.status
     except KeyboardInterrupt:
-        again = " ".join(["python -m experiments", *arguments])
-        print(f"\nStopped. What is done is kept; continue with: {again}", file=sys.stderr)
+        complain(f"\nStopped. What is done is kept; continue with: {again}")
         return INTERRUPTED
+    except stopping.Stopped as stop:
+        words = f" ({stop.words})" if stop.words else ""
+        complain(f"\nStopped{words}. What is done is kept; continue with: {again}")
+        return stop.status
+    except OSError as error:
+        if error.filename is None and error.errno not in (*NO_SPACE, errno.EPIPE):
+            raise
+        name = "standard output" if error.filename is None else os.fsdecode(error.filename)
+        complain(f"error: cannot use {name} ({reason(error)})")
+        return USER_ERROR
+    finally:
+        lock.release_all()
+
+
+def complain(line: str) -> None:
+    """Print a line on standard error, unless that is gone."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    stopping.end_process(lambda: main(sys.argv[1:]))
