@@ -75,12 +75,14 @@ def train(
     batch: int = 64,
     microbatches: int = 1,
     group_size: int | None = None,
-    spread: str = "shard_map",
+    parallel: str = "shard_map",
     save_every: int = 100,
+    give_up_after: int = 100,
     devices: int | None = None,
     coordinator: str | None = None,
     process: int | None = None,
     processes: int | None = None,
+    listen: str | None = None,
     heartbeat_seconds: int = 30,
     out: str | None = None,
 ) -> None:
@@ -95,12 +97,15 @@ def train(
         batch: examples a step, over all processes.
         microbatches: parts into which a device's examples are cut, one after the other in memory.
         group_size: examples that share statistics; without it the whole batch does.
-        spread: shard_map or jit.
+        parallel: shard_map or jit.
         save_every: steps from one checkpoint to the next.
+        give_up_after: so many steps in a row that are refused, since something was not finite, end the run.
         devices: CPU devices that each process makes.
-        coordinator: HOST:PORT where several processes meet; or JAX_COORDINATOR_ADDRESS.
+        coordinator: HOST:PORT where several processes meet, an address of process 0's machine; or
+            JAX_COORDINATOR_ADDRESS. Whoever reaches that port can disturb the run: use a network that you trust.
         process: this one's number, from 0; or JAX_PROCESS_ID.
         processes: how many there are; or JAX_NUM_PROCESSES.
+        listen: the address at which process 0 listens, if not the coordinator's HOST.
         heartbeat_seconds: after which a frozen process is given up.
         out: the directory for the results, which all processes can reach; runs/train-NAME if not given.
     """
@@ -108,9 +113,9 @@ def train(
     from experiments.cluster.processes import cluster_of
 
     settings = distributed.Settings(name, data, seed, steps, interval, batch, microbatches, group_size)
-    cluster = cluster_of(coordinator, process, processes, heartbeat_seconds)
-    options = {"devices": devices, "spread": spread, "save_every": save_every}
-    distributed.train(settings, Path(out or f"runs/train-{name}"), cluster, **options)
+    cluster = cluster_of(coordinator, process, processes, heartbeat_seconds, listen)
+    options = distributed.Options(parallel, save_every, give_up_after, devices)
+    distributed.train(settings, Path(out or f"runs/train-{name}"), cluster, options)
 
 
 @app.command
