@@ -1,5 +1,9 @@
 """`python -m experiments`: list, run and report experiments, and run benchmarks."""
 
+import contextlib
+import errno
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.errors import UserError
-from experiments.framework import registry
+from experiments.framework import lock, registry, stopping
+from experiments.framework.files import NO_SPACE, reason
 
 INTERRUPTED = 130  # the exit status of a program ended by Ctrl-C
 USER_ERROR = 2
@@ -70,12 +75,14 @@ def train(
     batch: int = 64,
     microbatches: int = 1,
     group_size: int | None = None,
-    spread: str = "shard_map",
+    parallel: str = "shard_map",
     save_every: int = 100,
+    give_up_after: int = 100,
     devices: int | None = None,
     coordinator: str | None = None,
     process: int | None = None,
     processes: int | None = None,
+    listen: str | None = None,
     heartbeat_seconds: int = 30,
     out: str | None = None,
 ) -> None:
@@ -90,12 +97,15 @@ def train(
         batch: examples a step, over all processes.
         microbatches: parts into which a device's examples are cut, one after the other in memory.
         group_size: examples that share statistics; without it the whole batch does.
-        spread: shard_map or jit.
+        parallel: shard_map or jit.
         save_every: steps from one checkpoint to the next.
+        give_up_after: so many steps in a row that are refused, since something was not finite, end the run.
         devices: CPU devices that each process makes.
-        coordinator: HOST:PORT where several processes meet; or JAX_COORDINATOR_ADDRESS.
+        coordinator: HOST:PORT where several processes meet, an address of process 0's machine; or
+            JAX_COORDINATOR_ADDRESS. Whoever reaches that port can disturb the run: use a network that you trust.
         process: this one's number, from 0; or JAX_PROCESS_ID.
         processes: how many there are; or JAX_NUM_PROCESSES.
+        listen: the address at which process 0 listens, if not the coordinator's HOST.
         heartbeat_seconds: after which a frozen process is given up.
         out: the directory for the results, which all processes can reach; runs/train-NAME if not given.
     """
@@ -103,9 +113,9 @@ def train(
     from experiments.cluster.processes import cluster_of
 
     settings = distributed.Settings(name, data, seed, steps, interval, batch, microbatches, group_size)
-    cluster = cluster_of(coordinator, process, processes, heartbeat_seconds)
-    options = {"devices": devices, "spread": spread, "save_every": save_every}
-    distributed.train(settings, Path(out or f"runs/train-{name}"), cluster, **options)
+    cluster = cluster_of(coordinator, process, processes, heartbeat_seconds, listen)
+    options = distributed.Options(parallel, save_every, give_up_after, devices)
+    distributed.train(settings, Path(out or f"runs/train-{name}"), cluster, options)
 
 
 @app.command
@@ -168,16 +178,38 @@ def parse_seeds(text: str) -> int:
 
 def main(arguments: list[str]) -> int:
     """Run the command line; the exit status."""
+    again = " ".join(["python -m experiments", *arguments])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that has not all characters is no error
     try:
-        return app.cli(args=arguments or ["list"], prog="python -m experiments") or 0
+        with stopping.stopping_at_once():
+            return app.cli(args=arguments or ["list"], prog="python -m experiments") or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
+        complain(f"error: {error}")
+        return error.status
     except KeyboardInterrupt:
-        again = " ".join(["python -m experiments", *arguments])
-        print(f"\nStopped. What is done is kept; continue with: {again}", file=sys.stderr)
+        complain(f"\nStopped. What is done is kept; continue with: {again}")
         return INTERRUPTED
+    except stopping.Stopped as stop:
+        words = f" ({stop.words})" if stop.words else ""
+        complain(f"\nStopped{words}. What is done is kept; continue with: {again}")
+        return stop.status
+    except OSError as error:
+        if error.filename is None and error.errno not in (*NO_SPACE, errno.EPIPE):
+            raise
+        name = "standard output" if error.filename is None else os.fsdecode(error.filename)
+        complain(f"error: cannot use {name} ({reason(error)})")
+        return USER_ERROR
+    finally:
+        lock.release_all()
+
+
+def complain(line: str) -> None:
+    """Print a line on standard error, unless that is gone."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    stopping.end_process(lambda: main(sys.argv[1:]))

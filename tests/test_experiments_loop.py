@@ -1,3 +1,6 @@
+import shutil
+import signal
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +10,7 @@ import pytest
 
 import jaxbn
 from experiments.errors import UserError
-from experiments.framework import checkpoint, grid
+from experiments.framework import grid, stopping
 from experiments.framework.record import open_record
 from experiments.training import data, loop, models
 
@@ -149,7 +152,7 @@ def test_fewer_examples_than_a_batch_are_refused(tmp_path):
 def test_images_of_a_size_that_the_network_does_not_take_are_refused(tmp_path):
     network = models.lenet(jaxbn.batch_norm(), use_bias=False, activation=jnp.tanh)
     lenet = TASK._replace(init=lambda run, key, x: network.init(key, x), apply=network.apply)
-    with pytest.raises(UserError, match="the network takes no images of 3 x 3 x 1 (.*): choose another --data"):
+    with pytest.raises(UserError, match=r"the network takes no images of 3 x 3 x 1 (.*): choose another --data"):
         train(tmp_path / "run", SCHEDULE, the_task=lenet)
 
 
@@ -214,7 +217,7 @@ def killed_at(interval):
 def test_an_interrupted_grid_continues_bit_for_bit(tmp_path, monkeypatch, seconds_between, interval):
     schedule = SCHEDULE._replace(runs_at_once=4)  # two parts; each calls track five times
     _, undisturbed = train(tmp_path / "undisturbed", schedule)
-    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", seconds_between)
+    monkeypatch.setattr(grid, "SECONDS_BETWEEN", seconds_between)
     with pytest.raises(KilledError):
         train(tmp_path / "run", schedule, track=killed_at(interval))
     _, trained = train(tmp_path / "run", schedule)
@@ -231,35 +234,66 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
     assert trained == []
 
 
-def corrupt(path):
+def spoil(path):
     for file in path.rglob("*"):
         if file.is_file():
             file.write_bytes(b"garbage")
 
 
-def remove(path):
-    for file in sorted(path.rglob("*"), reverse=True):
-        file.rmdir() if file.is_dir() else file.unlink()
+def vanish(path):
+    shutil.rmtree(path)
 
 
-@pytest.mark.parametrize("damage", [corrupt, remove])
-def test_a_corrupt_checkpoint_is_one_line_and_nothing_is_overwritten(tmp_path, monkeypatch, damage):
-    monkeypatch.setattr(checkpoint, "SECONDS_BETWEEN", 0.0)
+def flip(path):
+    largest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+PARTED = SCHEDULE._replace(runs_at_once=4)  # two parts of four intervals; `track` is called five times in each
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("undisturbed")
+    train(directory / "run", PARTED)
+    return (directory / "run" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [spoil, vanish, flip])
+@pytest.mark.parametrize("interval", [3, 8])
+def test_a_grid_with_a_damaged_checkpoint_continues_from_the_one_before(
+    tmp_path, monkeypatch, capsys, undisturbed, damage, interval
+):
+    """Or from the start of the stage or part: here the newest checkpoint, or both with their directory, are damaged."""
+    monkeypatch.setattr(grid, "SECONDS_BETWEEN", 0.0)
     with pytest.raises(KilledError):
-        train(tmp_path / "run", SCHEDULE, track=killed_at(2))
-    damage(tmp_path / "run" / "checkpoints")
-    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="is damaged or missing: remove") as caught:
-        train(tmp_path / "run", SCHEDULE)
-    assert "\n" not in str(caught.value)
-    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+        train(tmp_path / "run", PARTED, track=killed_at(interval))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest = max(checkpoints.iterdir(), key=lambda path: int(path.name))
+    damage(checkpoints if damage is vanish else newest)
+    train(tmp_path / "run", PARTED)
+    assert "continuing from" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == undisturbed
 
 
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path):
-    record = open_record(tmp_path / "run", CONFIG)
-    checkpoint.save(record, "stage", 0, 1, {"a": jnp.ones(3)})
-    with pytest.raises(UserError, match="damaged or missing"):
-        checkpoint.restore(record, {"a": jnp.ones(4)})
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_the_grid_and_ends_it(tmp_path, undisturbed, number):
+    calls = iter(range(1000))
+
+    def track(*_):
+        if next(calls) == 2:
+            signal.raise_signal(number)
+
+    before = [signal.getsignal(each) for each in stopping.SIGNALS]
+    with pytest.raises(stopping.Stopped, match="is saved at step 9") as stop:
+        train(tmp_path / "run", PARTED, track=track)
+    assert stop.value.status == 128 + number
+    assert [signal.getsignal(each) for each in stopping.SIGNALS] == before
+    assert open_record(tmp_path / "run", CONFIG).place.position == {"stage": "stage", "part": 0, "interval": 3}
+    train(tmp_path / "run", PARTED)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == undisturbed
 
 
 def test_a_run_that_diverges_is_recorded_and_leaves_the_others_alone(tmp_path):

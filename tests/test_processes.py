@@ -19,49 +19,52 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from holder import Holder
 from jax.sharding import AxisType
 from loopback import free_port
 
-from experiments.cluster import processes
+from experiments.cluster import processes, recipes
 from experiments.cluster import train as distributed
-from experiments.errors import UserError
-from experiments.framework import snapshots
+from experiments.errors import GaveUpError, UserError
+from experiments.framework import checkpoint, stopping
+from experiments.framework.record import open_record
 from experiments.training import data
 from jaxbn import training
 
 STEPS, INTERVAL, SAVE_EVERY, HEARTBEAT = 40, 5, 10, 5
 COMPARED = 10  # after how many steps states are compared: a checkpoint
-SETTINGS = distributed.Settings("benefits", steps=STEPS, interval=INTERVAL)
+SETTINGS = recipes.Settings("benefits", steps=STEPS, interval=INTERVAL)
 ONE = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
 IN_ORDER = np.arange(SETTINGS.batch)
 # Promised: one that died is noticed at once, or within the heartbeat's timeout, as a frozen one is. The margin is for
 # a machine whose cores are busy.
 MARGIN, SECONDS_TO_MEET, SECONDS_FOR_ALL = 30, 30, 240
-# A spread sums over the batch in another order, as one process does when its batch is permuted: so many permutations
-# are measured, and a spread may be off by SLACK times the worst. No ReLU makes more of that: over these steps the input
-# nearest to zero is 3.9e-6 from it, with inputs of size 1 and differences below 1e-6. And it is another program, in
-# which each of the steps may round its update (two products and a sum) the other way.
+# Several devices sum over the batch in another order, as one process does when its batch is permuted: so many
+# permutations are measured, and a run may be off by SLACK times the worst. No ReLU makes more of that: over these steps
+# the input nearest to zero is 3.9e-6 from it, with inputs of size 1 and differences below 1e-6. And it is another
+# program, in which each of the steps may round its update (two products and a sum) the other way.
 PERMUTATIONS, SLACK = 4, 4
 UPDATES = COMPARED * 3 * 2**-24
-SIGKILLED, SIGABORTED = -signal.SIGKILL, -signal.SIGABRT
-LOST = r"error: process {} of 2 .* one died, froze or lost its connection(.|\n)*What is done is saved in .*:"
-LOST += " start all processes again with the same commands"
+ROUNDED = 5e-6  # relative: metrics.jsonl has six digits
+SIGKILLED = -signal.SIGKILL
+LOST = r"error: process {} of 2 lost another: one died, froze or lost its connection"
+SAVED = "What is done is saved in .*: start all processes again with the same commands to continue"
 
-# The command line, on small data, with faults: at the STEP of PLAN the process does to itself what a machine would.
+# The command line, on small data, with faults: at the step of its plan the process does to itself what a machine would.
 PROGRAM = """
-import json, os, signal, sys
+import json, os, sys
 import numpy as np
 from experiments import __main__
+from experiments.cluster import meeting, processes
+from experiments.framework import checkpoint, stopping
 from experiments.training import data
-from experiments.cluster import processes
-from experiments.framework import snapshots
 
 plan, dataset, *arguments = sys.argv[1:]
 dataset = data.Dataset(*np.load(dataset).values())
 data.load = lambda name: dataset
-processes.SECONDS_TO_MEET = int(os.environ["SECONDS_TO_MEET"])
+meeting.SECONDS_TO_MEET = int(os.environ["SECONDS_TO_MEET"])
 plan, asked = json.loads(plan), 0
-ask, write = processes.Terminator.requested, snapshots.write_json
+ask, write = processes.stop_requested, checkpoint.write_json
 
 def at_every_interval(terminator):
     global asked
@@ -71,12 +74,12 @@ def at_every_interval(terminator):
     return ask(terminator)
 
 def before_the_seal(path, value):
-    if path.name == plan.get("seal"):
+    if path.parent.name == plan.get("seal"):
         os.kill(os.getpid(), plan["signal"])
     write(path, value)
 
-processes.Terminator.requested, snapshots.write_json = at_every_interval, before_the_seal
-sys.exit(__main__.main(arguments))
+processes.stop_requested, checkpoint.write_json = at_every_interval, before_the_seal
+stopping.end_process(lambda: __main__.main(arguments))
 """
 
 
@@ -95,9 +98,9 @@ def at(interval, number):
 class Pair:
     """Two processes that train together, one device each, over plans for the faults of both."""
 
-    def __init__(self, place, out, plans=({}, {}), arguments=((), ()), port=None):
-        port = port or free_port()
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    def __init__(self, place, out, plans=({}, {}), arguments=((), ()), more=None):
+        port = free_port()
+        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | (more or {})
         environment |= {
             "JAX_PLATFORMS": "cpu",
             "SECONDS_TO_MEET": str(SECONDS_TO_MEET),
@@ -108,6 +111,7 @@ class Pair:
         }
         command = ["train", SETTINGS.name, "--processes", 2, "--steps", STEPS, "--interval", INTERVAL]
         command += ["--save-every", SAVE_EVERY, "--heartbeat-seconds", HEARTBEAT, "--out", out]
+        self.environment = environment
         self.processes = [
             subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, json.dumps(plans[number]), place.dataset]
@@ -155,7 +159,7 @@ def process_state(pid):
 
 
 def sealed(out):
-    return sorted(int(path.stem.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*.json"))
+    return sorted(int(path.parent.name) for path in (out / "checkpoints").glob("*/seal.json"))
 
 
 def rows(out):
@@ -211,12 +215,12 @@ class Alone(NamedTuple):
 @pytest.fixture(scope="module")
 def alone(dataset):
     """A run by one device, the examples of all batches in the order that is given."""
-    built = functools.cache(lambda settings: distributed.network_and_step(settings, ONE, "jit"))
+    built = functools.cache(lambda settings: recipes.network_and_step(settings, ONE, "jit"))
 
     def run(order, settings=SETTINGS):
         network, step = built(settings)
-        state, losses = training.replicate(distributed.start(settings, network, dataset), ONE), []
-        for batch in distributed.batches(settings, dataset, 0):
+        state, losses = training.replicate(recipes.start(settings, network, dataset), ONE), []
+        for batch in recipes.batches(settings, dataset, 0):
             batch = training.shard_batch(jax.tree.map(lambda leaf: leaf[:, order], batch), ONE, scan=True)
             state, metrics = step(state, batch, jax.random.key(settings.seed))
             losses.append(np.mean(metrics["loss"]))
@@ -265,10 +269,14 @@ def distances(actual, expected):
 @pytest.fixture
 def train(monkeypatch, dataset):
     """Training in this process, on eight devices."""
-    monkeypatch.setattr(data, "load", lambda name: dataset)
+    labels = dataset.train_labels.copy()
+    labels[3] = 10
+    wrong = dataset._replace(train_labels=labels)
+    monkeypatch.setattr(data, "load", lambda name: wrong if name == "labels" else dataset)
 
     def run(out, settings=SETTINGS, **options):
-        return distributed.train(settings, out, processes.Cluster(), **{"save_every": SAVE_EVERY, **options})
+        options = distributed.Options(**{"save_every": SAVE_EVERY, **options})
+        return distributed.train(settings, out, processes.Cluster(), options)
 
     return run
 
@@ -276,7 +284,10 @@ def train(monkeypatch, dataset):
 def assert_same_run(out, rounding):
     """The losses of one process with the whole batch, to rounding."""
     assert [row["step"] for row in rows(out)] == list(range(INTERVAL, STEPS + 1, INTERVAL))
-    assert relative(np.asarray([row["loss"] for row in rows(out)]), rounding.run.losses) < SLACK * rounding.losses
+    assert (
+        relative(np.asarray([row["loss"] for row in rows(out)]), rounding.run.losses)
+        < SLACK * rounding.losses + ROUNDED
+    )
 
 
 def assert_same_state(actual, rounding):
@@ -301,16 +312,16 @@ def test_the_loss_goes_down(undisturbed):
 
 def test_two_processes_hold_what_one_with_the_whole_batch_does(terminated, rounding):
     like = training.replicate(rounding.run.state, ONE)
-    assert_same_state(snapshots.restore(terminated.out / "checkpoints", COMPARED, like), rounding)
+    assert_same_state(checkpoint.restore(terminated.out / "checkpoints", COMPARED, like), rounding)
 
 
 def test_two_processes_report_what_one_with_the_whole_batch_does(undisturbed, rounding):
     assert_same_run(undisturbed[0], rounding)
 
 
-@pytest.mark.parametrize("spread", ["jit", pytest.param("shard_map", marks=pytest.mark.slow)])
-def test_eight_devices_report_what_one_with_the_whole_batch_does(spread, rounding, tmp_path, train):
-    train(tmp_path, spread=spread)
+@pytest.mark.parametrize("parallel", ["jit", pytest.param("shard_map", marks=pytest.mark.slow)])
+def test_eight_devices_report_what_one_with_the_whole_batch_does(parallel, rounding, tmp_path, train):
+    train(tmp_path, parallel=parallel)
     assert_same_run(tmp_path, rounding)
 
 
@@ -326,10 +337,11 @@ def test_one_process_with_eight_devices_continues_what_two_with_one_each_began(
 ):
     out = tmp_path / "continued"
     shutil.copytree(undisturbed[0], out)
-    shutil.rmtree(out / "checkpoints" / f"step-{STEPS}")
-    (out / "checkpoints" / f"step-{STEPS}.json").unlink()
+    shutil.rmtree(out / "checkpoints" / str(STEPS))
     train(out)
-    assert f"continuing from step {STEPS - SAVE_EVERY}" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert f"continuing from step {STEPS - SAVE_EVERY}" in shown
+    assert "began on 2 devices and goes on with 8" in shown
     assert_same_run(out, rounding)
     assert rows(out)[:-2] == rows(undisturbed[0])[:-2]
 
@@ -337,20 +349,25 @@ def test_one_process_with_eight_devices_continues_what_two_with_one_each_began(
 # Faults.
 
 
+def assert_given_up(end, number):
+    """That a process ended with the documented status, and said why once."""
+    status, _, error = end
+    assert status == processes.PEER_LOST, end
+    assert len(re.findall(LOST.format(number), error)) == 1, error
+    assert len(re.findall(SAVED, error)) == 1, error
+
+
 def test_a_killed_process_ends_the_other_and_both_resume_bit_for_bit(undisturbed, place, tmp_path):
     """From the checkpoint before the newest, which is cut short here as a full disk might."""
     out = tmp_path / "killed"
     with Pair(place, out, ({}, at(5, signal.SIGKILL))) as pair:
         assert pair.ended(1)[0] == SIGKILLED
-        status, _, error = pair.ended(0, HEARTBEAT + MARGIN)
-    assert status in (processes.PEER_LOST, SIGABORTED)
-    assert re.search(LOST.format(0), error), error
+        assert_given_up(pair.ended(0, HEARTBEAT + MARGIN), 0)
     assert sealed(out) == [10, 20]
-    largest = max((out / "checkpoints" / "step-20").rglob("*"), key=lambda path: path.stat().st_size)
+    largest = max((out / "checkpoints" / "20").rglob("*"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     with Pair(place, out) as again:
         found, said = again.digests()
-    assert "step-20 is damaged" in said
     assert "continuing from step 10" in said
     assert found == undisturbed[1]
     assert (out / "metrics.jsonl").read_text() == (undisturbed[0] / "metrics.jsonl").read_text()
@@ -358,56 +375,65 @@ def test_a_killed_process_ends_the_other_and_both_resume_bit_for_bit(undisturbed
 
 def test_sigterm_to_one_saves_and_ends_both(terminated):
     assert [status for status, _, _ in terminated.ends] == [128 + signal.SIGTERM] * 2, terminated.ends
-    for _, said, _ in terminated.ends:
-        assert "stopped: saved step 15" in said
+    for _, _, error in terminated.ends:
+        assert error.count("Stopped (saved step 15). What is done is kept; continue with: python -m experiments") == 1
     assert sealed(terminated.out) == [10, 15]
+    assert not (terminated.out / ".lock").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_other_signals_to_the_first_save_and_end_both(number, place, tmp_path):
+    with Pair(place, tmp_path, (at(3, number), {})) as pair:
+        ends = [pair.ended(process) for process in range(2)]
+    assert [status for status, _, _ in ends] == [128 + number] * 2, ends
+    assert sealed(tmp_path) == [10, 15]
+
+
+@pytest.mark.slow
 def test_a_frozen_process_is_given_up(terminated, undisturbed, place, tmp_path):
     """In a run that continues."""
     out = tmp_path / "frozen"
     shutil.copytree(terminated.out, out)
     with Pair(place, out, ({}, at(3, signal.SIGSTOP))) as pair:
         pair.wait_for_state(1, "T")
-        status, said, error = pair.ended(0, HEARTBEAT + MARGIN)
-    assert "continuing from step 15" in said
-    assert status in (processes.PEER_LOST, SIGABORTED)
-    assert re.search(LOST.format(0), error), error
+        end = pair.ended(0, HEARTBEAT + MARGIN)
+    assert "continuing from step 15" in end[1]
+    assert_given_up(end, 0)
     assert rows(out) == rows(undisturbed[0])[:6]
 
 
-def test_ctrl_c_saves_and_the_same_command_continues(rounding, tmp_path, train, monkeypatch):
-    """In one process."""
-    ask, asked = processes.Terminator.requested, []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE])
+def test_a_signal_saves_and_the_same_command_continues(number, rounding, tmp_path, train, monkeypatch):
+    """In one process; SIGPIPE stands for a standard output that nobody reads any more."""
+    ask, asked = processes.stop_requested, []
 
     def requested(terminator):
         asked.append(terminator)
         if len(asked) == 3:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number) if number != signal.SIGPIPE else stopping.request(number)
         return ask(terminator)
 
-    monkeypatch.setattr(processes.Terminator, "requested", requested)
+    monkeypatch.setattr(processes, "stop_requested", requested)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(stopping.Stopped, match="saved step 15") as end:
         train(tmp_path)
-    assert end.value.code == 128 + signal.SIGINT
+    assert end.value.status == 128 + number
     assert signal.getsignal(signal.SIGINT) == before
     assert sealed(tmp_path) == [10, 15]
-    train(tmp_path)
-    assert_same_run(tmp_path, rounding)
+    if number == signal.SIGINT:
+        train(tmp_path)
+        assert_same_run(tmp_path, rounding)
 
 
 @pytest.mark.slow
 def test_a_first_process_killed_before_it_seals_a_checkpoint_leaves_the_one_before(undisturbed, place, tmp_path):
-    plan = {"seal": "step-20.json", "signal": signal.SIGKILL}
+    plan = {"seal": "20", "signal": signal.SIGKILL}
     with Pair(place, tmp_path, (plan, {})) as pair:
         assert pair.ended(0)[0] == SIGKILLED
-        status, _, error = pair.ended(1, HEARTBEAT + MARGIN)
-    assert status in (processes.PEER_LOST, SIGABORTED)
-    assert re.search(LOST.format(1), error), error
+        assert_given_up(pair.ended(1, HEARTBEAT + MARGIN), 1)
     with Pair(place, tmp_path) as again:
         found, said = again.digests()
-    assert "it was not finished" in said
     assert "continuing from step 10" in said
     assert found == undisturbed[1]
     assert rows(tmp_path) == rows(undisturbed[0])
@@ -417,9 +443,7 @@ def test_a_first_process_killed_before_it_seals_a_checkpoint_leaves_the_one_befo
 def test_a_frozen_first_process_is_given_up(place, tmp_path):
     with Pair(place, tmp_path, (at(3, signal.SIGSTOP), {})) as pair:
         pair.wait_for_state(0, "T")
-        status, _, error = pair.ended(1, HEARTBEAT + MARGIN)
-    assert status in (processes.PEER_LOST, SIGABORTED)
-    assert re.search(LOST.format(1), error), error
+        assert_given_up(pair.ended(1, HEARTBEAT + MARGIN), 1)
 
 
 @pytest.mark.slow
@@ -434,10 +458,69 @@ def test_kills_at_random_times_change_nothing_in_the_end(seed, undisturbed, plac
             pair.processes[victim].kill()
             pair.ended(victim)
             status, said, error = pair.ended(1 - victim, SECONDS_TO_MEET + MARGIN)
-            assert status == 0 or "error: process" in error, (said, error)
+            assert status in (0, UserError.status, processes.PEER_LOST), (status, said, error)
+            assert status == 0 or error.count("error: ") == 1, (said, error)
     with Pair(place, tmp_path) as pair:
         assert pair.digests()[0] == undisturbed[1]
     assert rows(tmp_path) == rows(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_a_late_process_of_the_same_number_is_turned_away_and_the_pair_goes_on(undisturbed, place, tmp_path):
+    """With a proxy in the environment, which is not used."""
+    proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    with Pair(place, tmp_path / "run", ({}, at(3, signal.SIGSTOP)), more=proxy) as pair:
+        pair.wait_for_state(1, "T")
+        late = subprocess.run(pair.processes[1].args, env=pair.environment, capture_output=True, text=True, timeout=120)
+        os.kill(pair.processes[1].pid, signal.SIGCONT)
+        assert pair.digests()[0] == undisturbed[1]
+    assert late.returncode == UserError.status
+    assert "one with that number takes part" in late.stderr
+
+
+# Steps that are refused.
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Training in which the loss of a batch is infinite where its first label is one of these."""
+
+    def poison(labels):
+        softmax = recipes.optax.softmax_cross_entropy_with_integer_labels
+
+        def losses(logits, label):
+            return jax.numpy.where(jax.numpy.isin(label[0], labels), jax.numpy.inf, softmax(logits, label))
+
+        monkeypatch.setattr(recipes.optax, "softmax_cross_entropy_with_integer_labels", losses)
+
+    return poison
+
+
+def test_refused_steps_are_counted_and_told(tmp_path, train, poisoned, capfd):
+    poisoned(np.arange(3))
+    summary = train(tmp_path, parallel="jit")
+    refused = summary["refused"]
+    assert 0 < refused["count"] < STEPS
+    assert refused == json.loads((tmp_path / "summary.json").read_text())["refused"]
+    told = [row["refused"] for row in rows(tmp_path) if "refused" in row]
+    assert sum(row["count"] for row in told) == refused["count"]
+    assert told[0]["first"] == refused["first"]
+    assert "loss" in refused["not_finite"]
+    shown = capfd.readouterr().out
+    assert f"{refused['count']} steps refused, the first at step {refused['first']} (not finite: loss" in shown
+    assert all(np.isfinite(row["loss"]) for row in rows(tmp_path) if row["loss"] is not None)
+
+
+def test_training_gives_up_after_so_many_refused_steps_in_a_row(tmp_path, train, poisoned):
+    poisoned(np.arange(10))
+    with pytest.raises(GaveUpError, match="gave up at step 10: the last 10 steps were refused") as caught:
+        train(tmp_path, parallel="jit", give_up_after=8)
+    assert caught.value.status == 1
+    assert "Look at the learning rate, the data and the loss" in str(caught.value)
+    assert sealed(tmp_path) == [10]
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert json.loads(text.splitlines()[0])["loss"] is None
 
 
 # What users get wrong.
@@ -447,8 +530,10 @@ def test_kills_at_random_times_change_nothing_in_the_end(seed, undisturbed, plac
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--seed", "1"], ["process 1 was started with other settings than process 0"] * 2),
-        (["--save-every", "20"], ["process 1 was started with other settings than process 0"] * 2),
+        (["--seed", "1"], ["process 1 was started with another seed than process 0"] * 2),
+        (["--save-every", "20"], ["process 1 was started with another save_every than process 0"] * 2),
+        (["--devices", "2"], ["process 1 was started with another devices than process 0"] * 2),
+        (["--out", "elsewhere"], ["process 1 cannot start: see what it says", "not the directory that process 0 uses"]),
     ],
 )
 def test_processes_with_different_settings_all_say_so(arguments, words, place, tmp_path):
@@ -463,6 +548,7 @@ def test_processes_with_different_settings_all_say_so(arguments, words, place, t
     ("change", "words"),
     [
         ({"name": "lenet"}, "there is no network 'lenet'; choose one of: benefits"),
+        ({"data": "labels"}, "labels has the label 10 at training image 3, where benefits has the classes 0 to 9"),
         ({"steps": 12}, "12 steps are no multiple of the interval of 5"),
         ({"steps": 0}, "--steps 0: give a whole number from 1 on"),
         ({"group_size": 0}, "--group-size 0: give a whole number from 1 on"),
@@ -491,5 +577,67 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path, train):
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path, train):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write to .* choose another --out"):
+    with pytest.raises(UserError, match=r"cannot use .* choose another --out"):
         train(tmp_path / "file" / "out")
+
+
+def test_data_that_were_replaced_are_refused(undisturbed, dataset, train, monkeypatch):
+    images = dataset.train_images.copy()
+    images[0, 0, 0] ^= 1
+    monkeypatch.setattr(data, "load", lambda name: dataset._replace(train_images=images))
+    with pytest.raises(UserError, match="the data have been replaced since it began"):
+        train(undisturbed[0])
+
+
+def test_another_learning_rate_in_the_code_is_refused(undisturbed, train, monkeypatch):
+    edited = recipes.RECIPES["benefits"]._replace(arguments={"learning_rate": 0.5})
+    monkeypatch.setitem(recipes.RECIPES, "benefits", edited)
+    with pytest.raises(UserError, match=r"its optimizer is \{'name': 'sgd', 'learning_rate': 1.0\}, not"):
+        train(undisturbed[0])
+
+
+def test_other_code_and_versions_are_said(undisturbed, train, monkeypatch, tmp_path, capfd):
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    config["provenance"]["versions"]["jax"] = "0.1"
+    path.write_text(json.dumps(config | {"code": "other"}))
+    train(tmp_path / "run")
+    shown = capfd.readouterr().out
+    assert "the code has changed since this run began" in shown
+    assert f"versions have changed since this run began: jax 0.1 to {jax.__version__}" in shown
+
+
+def test_rows_that_were_lost_come_back_from_the_checkpoint(undisturbed, train, tmp_path, capfd):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed[0], out)
+    os.truncate(out / "metrics.jsonl", 10)
+    (out / "progress.json").unlink()
+    train(out)
+    assert rows(out) == rows(undisturbed[0])
+    said = capfd.readouterr().err
+    assert "progress.json is missing" in said
+    assert "does not hold what was written: its rows are taken from" in said
+
+
+def test_a_directory_in_use_is_refused(undisturbed, train):
+    with Holder(undisturbed[0]), pytest.raises(UserError, match="is in use by process"):
+        train(undisturbed[0])
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path, train, rounding, monkeypatch):
+    """Full when the second checkpoint is written by orbax."""
+    save, calls = checkpoint.ocp.StandardCheckpointer.save, []
+
+    def full(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing file: No space left on device")
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", full)
+    with pytest.raises(UserError, match=r"cannot write the checkpoint .*20 \(No space left on device\): make room"):
+        train(tmp_path)
+    assert open_record(tmp_path, json.loads((tmp_path / "config.json").read_text())).place.position == {"step": 10}
+    train(tmp_path)
+    assert_same_run(tmp_path, rounding)

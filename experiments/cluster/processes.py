@@ -1,26 +1,32 @@
-"""Several processes that train together: how they meet, agree, and end when one of them is lost or told to stop."""
+"""Several processes that train together: how they start JAX, agree, and end when one is lost or told to stop."""
 
 import contextlib
+import ctypes
 import hashlib
+import importlib.metadata
 import os
 import signal
-import socket
-import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from experiments.cluster import meeting
 from experiments.errors import UserError
+from experiments.framework import stopping
 
 PEER_LOST = 75  # the exit status (EX_TEMPFAIL): start all processes again
-SECONDS_TO_MEET = 120
 
 Prepared = TypeVar("Prepared")
+
+
+class AgreedError(UserError):
+    """An error that all processes raise together."""
 
 
 class Cluster(NamedTuple):
@@ -32,18 +38,22 @@ class Cluster(NamedTuple):
       count: of processes.
       heartbeat_seconds: after how long a process that is silent is given up. One that died while others wait for its
         part of a step is noticed at once.
+      listen: the host at whose address process 0 listens, where that is not the coordinator's: behind a proxy, say.
     """
 
     coordinator: str | None = None
     process: int = 0
     count: int = 1
     heartbeat_seconds: int = 30
+    listen: str | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"process {self.process} of {self.count}"
 
 
-def cluster_of(coordinator: str | None, process: int | None, count: int | None, heartbeat_seconds: int) -> Cluster:
+def cluster_of(
+    coordinator: str | None, process: int | None, count: int | None, heartbeat_seconds: int, listen: str | None = None
+) -> Cluster:
     """A Cluster from flags, else from JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES.
 
     UserError if only some of the three are known or do not fit together.
@@ -53,22 +63,19 @@ def cluster_of(coordinator: str | None, process: int | None, count: int | None, 
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     process = _number("JAX_PROCESS_ID") if process is None else process
     count = _number("JAX_NUM_PROCESSES") if count is None else count
-    known = (coordinator, process, count)
-    if known == (None, None, None):
+    if coordinator is None and process is None and count is None:
         return Cluster(heartbeat_seconds=heartbeat_seconds)
-    if None in known or not 0 <= process < count or ":" not in coordinator:
+    if coordinator is None or process is None or count is None or not 0 <= process < count or ":" not in coordinator:
         raise UserError(
             f"coordinator {coordinator!r}, process {process}, {count} processes: several processes need all three, by"
             " --coordinator HOST:PORT, --process 0 ... N-1 and --processes N, or by JAX_COORDINATOR_ADDRESS,"
             " JAX_PROCESS_ID and JAX_NUM_PROCESSES"
         )
-    port = coordinator.rpartition(":")[2]
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
-        raise UserError(f"--coordinator {coordinator!r}: expected HOST:PORT with a port from 1 to 65535")
-    return Cluster(coordinator, process, count, heartbeat_seconds)
+    meeting.address_of(coordinator)
+    return Cluster(coordinator, process, count, heartbeat_seconds, listen)
 
 
-def _number(variable):
+def _number(variable: str) -> int | None:
     text = os.environ.get(variable)
     if text is None or text.isdigit():
         return None if text is None else int(text)
@@ -76,72 +83,56 @@ def _number(variable):
 
 
 def join(cluster: Cluster, devices: int | None) -> None:
-    """Meet the other processes; before anything else asks JAX for its devices.
+    """Meet the other processes and start JAX with them; before anything else asks JAX for its devices.
+
+    Process 0 listens at the coordinator's address (or at `cluster.listen`) and at no other. Proxies that the
+    environment names are not used.
 
     Args:
       cluster: the processes.
       devices: how many of the CPU each process makes; None leaves JAX its default.
 
     Raises:
-      UserError: process 0 cannot open its port, or the others cannot reach it within SECONDS_TO_MEET.
+      UserError: process 0 cannot open its port, the others cannot reach it, or they do not fit together.
     """
     if devices is not None:
         jax.config.update("jax_num_cpu_devices", devices)
     if cluster.coordinator is None:
         return
+    host, port = meeting.address_of(cluster.coordinator)
+    listen = cluster.listen or host
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
+    own = meeting.Hello(cluster.process, cluster.count, versions)
+    if cluster.process == 0:
+        meeting.wait_for_all((listen, port), own, _to_stderr)
+    else:
+        meeting.come((host, port), own, _to_stderr)
+    avoid_proxies(host)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    _try_port(cluster) if cluster.process == 0 else _wait_for_port(cluster)
-    words = (
-        f"error: {cluster} has not met the others at {cluster.coordinator} within {SECONDS_TO_MEET} seconds, or was"
-        f" stopped before. Start {cluster.count} processes, numbered from 0, with the same --coordinator and"
-        " --processes."
-    )
-    with LastWords(words), _interruptible():
+    words = f"error: {cluster} lost another before JAX had started: see what the others say, and start all again"
+    with _aborts_as_lost(words), _interruptible():
         jax.distributed.initialize(
             cluster.coordinator,
             num_processes=cluster.count,
             process_id=cluster.process,
+            coordinator_bind_address=f"[{listen}]:{port}" if ":" in listen else f"{listen}:{port}",
             heartbeat_timeout_seconds=cluster.heartbeat_seconds,
             shutdown_timeout_seconds=cluster.heartbeat_seconds,  # a process that ends alone takes the others along
-            initialization_timeout=SECONDS_TO_MEET,
+            initialization_timeout=meeting.SECONDS_TO_MEET,
         )
 
 
-def _try_port(cluster):
-    """XLA's runtime crashes without a word where the port is taken."""
-    port = _port(cluster)
-    both = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-    try:
-        socket.create_server(("", port), **both).close()
-    except OSError as error:
-        raise UserError(
-            f"process 0 cannot open port {port} ({os.strerror(error.errno)}): choose another in --coordinator, for all"
-            " processes"
-        ) from None
+def avoid_proxies(host: str) -> None:
+    """Let gRPC, with which JAX's processes talk to process 0, reach `host` without the proxies of the environment."""
+    named = [os.environ.get(name) for name in ("no_grpc_proxy", "no_proxy")]
+    before = next((value for value in named if value), "")
+    os.environ["no_grpc_proxy"] = ",".join(filter(None, [before, host]))  # noqa: SIM112  # gRPC reads small letters
+    with contextlib.suppress(AttributeError):  # a flag that other versions of JAX may not have
+        jax.config.update("jax_check_proxy_envs", False)  # JAX's warning of what does not happen now
 
 
-def _wait_for_port(cluster):
-    host = cluster.coordinator.rpartition(":")[0].strip("[]")
-    deadline, waiting = time.monotonic() + SECONDS_TO_MEET, False
-    while True:
-        try:
-            socket.create_connection((host, _port(cluster)), timeout=5).close()
-            return
-        except OSError as error:
-            reason = error.strerror or str(error)
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"process 0 cannot be reached at {cluster.coordinator} ({reason}; tried for {SECONDS_TO_MEET} seconds):"
-                " start it, and give all processes the same --coordinator"
-            )
-        if not waiting:
-            print(f"{cluster}: waiting for process 0 at {cluster.coordinator} ({reason})", flush=True)
-            waiting = True
-        time.sleep(0.2)
-
-
-def _port(cluster):
-    return int(cluster.coordinator.rpartition(":")[2])
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -154,104 +145,76 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def prepare_together(prepare: Callable[[], Prepared], wanted: object) -> Prepared:
+def prepare_together(prepare: Callable[[], Prepared]) -> Prepared:
     """What `prepare()` returns here; every process calls this.
 
-    Args:
-      prepare: what may fail with a UserError in one process and not in another.
-      wanted: what all processes have to be given alike; compared by its repr.
-
     Raises:
-      UserError: in all processes, if `wanted` differs or `prepare` failed in one of them.
+      AgreedError: in all processes, if `prepare` failed with a UserError in one of them.
     """
     found, problem = None, None
     try:
         found = prepare()
     except UserError as error:
         problem = error
-    if jax.process_count() > 1:
-        _agree(problem, wanted)
-    if problem:
-        raise problem
-    return found
+    failed = np.flatnonzero(_gather(np.int32(problem is not None)))
+    if problem is not None:
+        raise AgreedError(*problem.args) from problem
+    if failed.size:
+        raise AgreedError(f"process {failed[0]} cannot start: see what it says")
+    return found  # type: ignore[return-value]  # `prepare` has returned it
 
 
-def _agree(problem, wanted):
-    mark = np.frombuffer(hashlib.sha256(repr(wanted).encode()).digest(), np.uint8)
-    marks = np.asarray(multihost_utils.process_allgather(np.append(mark, np.uint8(problem is not None))))
-    for process, row in enumerate(marks):
-        if (row[:-1] != marks[0, :-1]).any():
-            raise UserError(
-                f"process {process} was started with other settings than process 0 (this is process"
-                f" {jax.process_index()}: {wanted}): give all the same"
-            )
-    failed = np.flatnonzero(marks[:, -1])
-    if failed.size and not problem:
-        raise UserError(f"process {failed[0]} cannot start: see what it says")
+def agree(wanted: Mapping[str, object]) -> None:
+    """Make sure that all processes were given the same; every process calls this.
 
+    Args:
+      wanted: what was given, by names for the user; compared by the repr.
 
-class Terminator:
-    """Notes SIGTERM and Ctrl-C while entered, so that training can stop between two steps.
-
-    A second Ctrl-C ends the process at once.
+    Raises:
+      AgreedError: in all processes, with the first name that differs.
     """
-
-    def __init__(self):
-        self.received = 0
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _):
-        self.received = number
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            # Not print, which may be what was interrupted.
-            os.write(2, b"\nstopping after these steps; Ctrl-C again stops at once, and loses them\n")
-
-    def requested(self) -> int:
-        """The signal that any process has received, 0 for none; every process has to ask."""
-        if jax.process_count() == 1:
-            return self.received
-        return int(np.max(multihost_utils.process_allgather(np.int32(self.received))))
+    marks = _gather(np.stack([_mark(value) for value in wanted.values()]))
+    for index, (name, value) in enumerate(wanted.items()):
+        for process in range(len(marks)):
+            if (marks[process, index] != marks[0, index]).any():
+                raise AgreedError(
+                    f"process {process} was started with another {name} than process 0 (here, in process"
+                    f" {jax.process_index()}, it is {value}): give all the same"
+                )
 
 
-class LastWords:
-    """A child that prints `words` on standard error if this process ends inside the `with`, killed or aborted.
+def _mark(value: object) -> np.ndarray:
+    return np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
 
-    Where a process loses another outside a step, XLA's runtime aborts it, with a stack trace, before Python can
-    explain; the callback that jaxlib 0.10 has for that fails with std::bad_cast.
-    """
 
-    def __init__(self, words: str):
-        self.words = words
+def tell_all(text: str) -> str:
+    """The text that process 0 passes, in all processes; every process calls this. At most 1,000 bytes."""
+    sent = np.zeros(1000, np.uint8)
+    sent[: len(text.encode())] = np.frombuffer(text.encode(), np.uint8)
+    return bytes(_gather(sent)[0]).rstrip(b"\0").decode()
 
-    def __enter__(self):
-        script = 'read -r _ || printf "%s\\n" "$1" >&2'
-        self.child = subprocess.Popen(
-            ["/bin/sh", "-c", script, "sh", self.words],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is not for the child
-        )
-        return self
 
-    def __exit__(self, *_):
-        self.dismiss()
+def _gather(value: np.ndarray) -> np.ndarray:
+    """The value of each process: [processes, ...]."""
+    if jax.process_count() == 1:
+        return np.asarray(value)[None]
+    return np.asarray(multihost_utils.process_allgather(value))
 
-    def dismiss(self) -> None:
-        """What there is to say has been said."""
-        self.child.communicate(b"\n")
+
+def stop_requested(terminator: stopping.Terminator) -> int:
+    """The signal that any process has received, 0 for none; every process has to ask."""
+    return int(np.max(_gather(np.int32(terminator.received))))
+
+
+def part_in_peace(cluster: Cluster) -> None:
+    """Wait for the others and leave JAX's coordination service, so that none takes this process's end for a loss."""
+    if cluster.count > 1:
+        jax.distributed.shutdown()
 
 
 @contextlib.contextmanager
 def giving_up(cluster: Cluster, saved: str) -> Iterator[None]:
-    """End this process with a message if it loses another inside the `with`, with the status PEER_LOST if it can.
+    """End this process with a message and the status PEER_LOST if it loses another inside the `with`.
 
     Args:
       cluster: the processes.
@@ -260,31 +223,62 @@ def giving_up(cluster: Cluster, saved: str) -> Iterator[None]:
     if cluster.count == 1:
         yield
         return
-    remedy = (
-        f"What is done is saved in {saved}: start all processes again with the same commands to continue from there."
-    )
-    words = f"error: {cluster} was killed, or ended because it lost another: one died, froze or lost its connection"
-    with LastWords(f"{words}.\n{remedy}") as last_words:
+    lost = f"error: {cluster} lost another: one died, froze or lost its connection"
+    remedy = f"What is done is saved in {saved}: start all processes again with the same commands to continue."
+    with _aborts_as_lost(f"{lost}.\n{remedy}"):
         try:
             yield
         except Exception as error:
-            cause = _lost_peer(error)
+            cause = lost_peer(error)
             if cause is None:
                 raise
-            lost = f"error: {cluster} lost another: one died, froze or lost its connection ({cause})"
-            print(f"{lost}.\n{remedy}", file=sys.stderr, flush=True)
-            last_words.dismiss()
-            os._exit(PEER_LOST)  # at exit JAX would wait for the other
+            _leave_as_lost(f"{lost} ({cause}).\n{remedy}")
 
 
-def _lost_peer(error: BaseException | None) -> str | None:
+_said = threading.Lock()  # whoever has it says what there is to say; nobody says it again
+
+
+def _leave_as_lost(words: str) -> None:
+    if not _said.acquire(blocking=False):
+        time.sleep(60)  # another thread is about to end the process
+    print(words, file=sys.stderr, flush=True)
+    stopping.leave(PEER_LOST)
+
+
+@contextlib.contextmanager
+def _aborts_as_lost(words: str) -> Iterator[None]:
+    """Where XLA's runtime aborts this process inside, say `words` and end with the status PEER_LOST.
+
+    It does so in a thread of its own when it loses another process outside of a step; the callback that jaxlib 0.10 has
+    for that fails with std::bad_cast. A handler of Python's would come too late: abort(3) does not return.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handler(number: int) -> None:
+        if not _said.acquire(blocking=False):
+            time.sleep(60)  # the main thread is about to end the process
+        with contextlib.suppress(OSError):
+            os.write(2, f"{words}\n".encode(errors="replace"))
+        stopping.leave(PEER_LOST)
+
+    before = libc.signal(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        libc.signal(signal.SIGABRT, before)
+
+
+def lost_peer(error: BaseException | None) -> str | None:
     """What XLA's runtime said of a lost process, if that is behind the error; else None.
 
     Eager operations raise it as a ValueError, and orbax raises its own from it.
     """
     while error is not None:
         said = str(error).strip() or type(error).__name__
-        if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in said:
+        own = said.startswith(("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED"))  # of this process's doing
+        if (isinstance(error, jax.errors.JaxRuntimeError) and not own) or "Gloo" in said:
             return said.splitlines()[0]
         error = error.__cause__ or error.__context__
     return None

@@ -1,5 +1,6 @@
 """Training a grid stage by stage into a record: its rows, its checkpoints, and where an earlier process stopped."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import jax
 import numpy as np
 from jax import Array
 
-from experiments.framework import checkpoint
+from experiments.framework import stopping
 from experiments.framework.display import Track
 from experiments.framework.record import Record
 from experiments.training import data
@@ -22,6 +23,8 @@ from experiments.training.loop import (
     runs_per_seed,
     stacked,
 )
+
+SECONDS_BETWEEN = 10.0  # what a crash costs at most; writing a checkpoint takes well under a second
 
 
 def train_grid(
@@ -46,18 +49,33 @@ def train_grid(
     check_data(task, schedule, runs[0], dataset)
     arrays, parts = on_device(dataset), parts_of(runs, schedule.runs_at_once)
     programs = compile_grid(task, schedule, runs_per_seed(runs))
-    first_part, done = checkpoint.position(record, stage)
+    first_part, done = _position(record, stage)
     if (first_part, done) == (0, 0):
         record.append([{"stage": stage, "runs": runs}])
-    for number in range(first_part, len(parts)):
-        members = parts[number]
-        part = _Part(number, len(parts), members, stacked(members, len(parts[0])))
-        states = _train_part(record, stage, programs, schedule, part, arrays, track, done)
-        trained = jax.tree.map(partial(_first, len(members)), states["variables"])
-        record.append(conclude(members, trained, arrays))
-        checkpoint.pass_part(record, stage, number + 1)
-        done = 0
-    record.finish(stage)
+    with stopping.Terminator() as terminator:
+        for number in range(first_part, len(parts)):
+            members = parts[number]
+            part = _Part(number, len(parts), members, stacked(members, len(parts[0])))
+            states = _train_part(record, stage, programs, schedule, part, arrays, track, done, terminator)
+            trained = jax.tree.map(partial(_first, len(members)), states["variables"])
+            record.append(conclude(members, trained, arrays))
+            if number + 1 < len(parts):
+                record.commit(position={"stage": stage, "part": number + 1, "interval": 0})
+                _stop_if_asked(terminator, f"{stage} is saved after part {number + 1} of {len(parts)}")
+            done = 0
+        record.finish(stage)
+        _stop_if_asked(terminator, f"{stage} is done")
+
+
+def _position(record: Record, stage: str) -> tuple[int, int]:
+    """Where to continue `stage`: the part, and how many of its intervals are done."""
+    position = record.place.position
+    return (position["part"], position["interval"]) if position and position["stage"] == stage else (0, 0)
+
+
+def _stop_if_asked(terminator: stopping.Terminator, words: str) -> None:
+    if terminator.received:
+        raise stopping.Stopped(terminator.received, words)
 
 
 def _first(count: int, leaf: Array) -> Array:
@@ -71,11 +89,14 @@ class _Part(NamedTuple):
     stacked: dict[str, Array]
 
 
-def _train_part(record, stage, programs, schedule, part, arrays, track, done) -> dict:
-    """Train one part from its start, or from the record's checkpoint if `done` intervals are done; final states."""
+def _train_part(record, stage, programs, schedule, part, arrays, track, done, terminator) -> dict:
+    """Train one part from its start, or from the record's checkpoint if `done` intervals are done; final states.
+
+    Raises Stopped, after saving, once the terminator has noted a request.
+    """
     intervals, size = schedule.steps // schedule.interval, len(part.stacked["seed"])
     if done:
-        states = checkpoint.restore(record, jax.eval_shape(programs.start, part.stacked, arrays))
+        states = record.restore(jax.eval_shape(programs.start, part.stacked, arrays))
     else:
         states = programs.start(part.stacked, arrays)
     for number in range(done, intervals):
@@ -84,8 +105,11 @@ def _train_part(record, stage, programs, schedule, part, arrays, track, done) ->
         metrics = {"loss": loss, **programs.evaluate(states, part.stacked, arrays)}
         row = {"stage": stage, "first": part.number * size, "step": (number + 1) * schedule.interval}
         record.append([row | {name: np.asarray(values)[: len(part.runs)] for name, values in metrics.items()}])
-        if checkpoint.is_due(record):
-            checkpoint.save(record, stage, part.number, number + 1, states)
+        if number + 1 == intervals:
+            break  # the part is committed as a whole
+        if terminator.received or time.monotonic() - record.saved_at >= SECONDS_BETWEEN:
+            record.commit(states, position={"stage": stage, "part": part.number, "interval": number + 1})
+        _stop_if_asked(terminator, f"{stage} is saved at step {row['step']}")
     track(stage, (part.number + 1) * schedule.steps, part.of * schedule.steps)
     return states
 
