@@ -3,7 +3,7 @@
 from functools import partial
 from typing import NamedTuple
 
-from experiments.aot.hlo import Instruction, Program, arrays, parse
+from experiments.aot.hlo import HloModule, Instruction, arrays, parse
 
 _KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -48,7 +48,7 @@ def _sent(instruction):
     return sum(array.bytes for array in arrays(instruction.result())) if _kind(instruction) in _KINDS else 0
 
 
-def _lesser_branches(program: Program) -> set[str]:
+def _lesser_branches(program: HloModule) -> set[str]:
     """Computations that only one branch of a conditional runs, where another branch of it sends more."""
     lesser = set()
     conditionals = (i for inside in program.computations.values() for i in inside.values() if i.opcode == "conditional")

@@ -80,7 +80,7 @@ def _names(text):
     return [part.strip().lstrip("%") for part in text.split(",") if part.strip()]
 
 
-class Program(NamedTuple):
+class HloModule(NamedTuple):
     """A compiled program.
 
     Attributes:
@@ -136,7 +136,7 @@ class Program(NamedTuple):
         return int(start.inside) if start.opcode == "constant" else 0
 
 
-def parse(text: str) -> Program:
+def parse(text: str) -> HloModule:
     """The program whose `compiled.as_text()` this is; ValueError if it is none."""
     computations, entry, current = {}, None, None
     for line in text.splitlines():
@@ -149,7 +149,7 @@ def parse(text: str) -> Program:
             current[instruction.name] = instruction
     if entry is None:
         raise ValueError(f"no ENTRY computation in a text of {len(text)} characters; expected compiled.as_text().")
-    return Program(entry, computations)
+    return HloModule(entry, computations)
 
 
 def _instruction(name, text, is_root):

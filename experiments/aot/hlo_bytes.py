@@ -9,7 +9,7 @@ most.
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from experiments.aot.hlo import Array, Instruction, Program, arrays, elements, parse
+from experiments.aot.hlo import Array, HloModule, Instruction, arrays, elements, parse
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "partition-id",
@@ -65,7 +65,7 @@ def _sum(some: Iterable[Move]) -> int:
     return sum(move.bytes for move in some)
 
 
-def _moves(program: Program, name: str, times: int, rare: bool) -> Iterator[Move]:
+def _moves(program: HloModule, name: str, times: int, rare: bool) -> Iterator[Move]:
     for instruction in program.computations[name].values():
         opcode = instruction.opcode
         if opcode == "while":

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
-from experiments.bench.peer_layers import OURS, installed
+from experiments.bench.peers import OURS, installed
 from experiments.framework.tables import Table
 
 ROWS, FEATURES = 1024, 16
