@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 
 from experiments.aot.collectives import collectives
+from experiments.aot.hlo import temporary_bytes, text_of
 from experiments.aot.hlo_bytes import traffic
 
 
@@ -32,8 +33,8 @@ class Cost(NamedTuple):
 
 def cost_of(compiled: jax.stages.Compiled) -> Cost:
     """Read the cost of a compiled program."""
-    text = compiled.as_text()
+    text = text_of(compiled)
     sent = [c for c in collectives(text) if c.kind == "all-reduce"]
     normal = [c for c in sent if not c.rare]
-    temporary = compiled.memory_analysis().temp_size_in_bytes
+    temporary = temporary_bytes(compiled)
     return Cost(len(normal), len(sent) - len(normal), sum(c.bytes for c in normal), *traffic(text), temporary)

@@ -20,7 +20,7 @@ from jax.sharding import AxisType
 
 import jaxbn
 from experiments.aot import programs as aot_programs
-from experiments.aot.hlo import parse
+from experiments.aot.hlo import parse, text_of
 from experiments.bench.peers import OURS, followed_by, installed
 from experiments.framework.tables import Table
 from experiments.framework.timing import in_turns, ratio
@@ -143,7 +143,7 @@ def build(program: Callable[[jaxbn.Normalizer], Lowerable], norm: jaxbn.Normaliz
     halfway = time.perf_counter()
     compiled = lowered.compile()
     ended = time.perf_counter()
-    text = compiled.as_text()
+    text = text_of(compiled)
     instructions = [i for inside in parse(text).computations.values() for i in inside.values()]
     branches = sum(i.opcode in ("while", "conditional") for i in instructions)
     return Built(halfway - began, ended - halfway, len(text.splitlines()), branches)

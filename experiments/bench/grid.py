@@ -9,7 +9,7 @@ device, float32; the grid draws and converts its own inside its program. torch i
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -150,7 +150,7 @@ def train_flax(batches: list[tuple[np.ndarray, np.ndarray]]) -> Trainer:
 
     @jax.jit
     def step(variables: dict, optimizer_state: optax.OptState, x: jax.Array, y: jax.Array) -> tuple:
-        def loss_of(params: dict) -> tuple[jax.Array, dict]:
+        def loss_of(params: dict) -> tuple[jax.Array, Mapping]:
             given = {"params": params, "batch_stats": variables["batch_stats"]}
             logits, updated = network.apply(given, x, train=True, mutable=["batch_stats"])
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), updated

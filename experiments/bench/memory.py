@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 
 import jaxbn
+from experiments.aot import hlo
 from experiments.bench.peers import followed_by, linen
 from experiments.framework.tables import Table
 from experiments.training.conv_chain import (
@@ -93,7 +94,7 @@ def recorded(chain: Callable, norm: jaxbn.Normalizer, shape: tuple[int, ...]) ->
 
 def temporary_bytes(chain: Callable, norm: jaxbn.Normalizer, shape: tuple[int, ...]) -> int:
     """Bytes that one compiled gradient of <y, dy> allocates while it runs, y that of `chain(x, units)`."""
-    return compile_gradient(chain, *arguments(norm, shape)).memory_analysis().temp_size_in_bytes
+    return hlo.temporary_bytes(compile_gradient(chain, *arguments(norm, shape)))
 
 
 def programs(policy: bool) -> dict[str, Chain]:

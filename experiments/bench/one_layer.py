@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
+from experiments.aot.hlo import temporary_bytes
 from experiments.bench.compare import Candidate
 from experiments.bench.peers import FUSED, OURS, followed_by, installed, torch_layouts
 
@@ -65,11 +66,9 @@ def in_jax(call: LayerCall, norm: jaxbn.Normalizer) -> Candidate:
         y, pull, moved = jax.vjp(lambda params, x: forward(params, batch_stats, x), params, x, has_aux=True)
         return y, moved, pull(dy)
 
-    arguments = variables["params"], variables["batch_stats"], x
-    run = jax.jit(forward)
-    if call.mode == BOTH:
-        arguments, run = (*arguments, dy), jax.jit(both)
-    temporary = run.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    run = jax.jit(both if call.mode == BOTH else forward)
+    arguments = (variables["params"], variables["batch_stats"], x, *([dy] if call.mode == BOTH else []))
+    temporary = temporary_bytes(run.lower(*arguments).compile())
     return Candidate(lambda: jax.block_until_ready(run(*arguments)), temporary)
 
 

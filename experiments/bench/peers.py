@@ -42,8 +42,8 @@ def flax_nnx() -> jaxbn.Normalizer:
 
     def init(key, x):
         del key
-        _, params, batch_stats = nnx.split(layer(x.shape[-1]), nnx.Param, nnx.BatchStat)
-        return {"params": params, "batch_stats": batch_stats}
+        module = layer(x.shape[-1])
+        return {"params": nnx.state(module, nnx.Param), "batch_stats": nnx.state(module, nnx.BatchStat)}
 
     def apply(variables, x, *, train):
         graph = nnx.graphdef(nnx.eval_shape(partial(layer, x.shape[-1])))

@@ -9,7 +9,7 @@ process, in turns; medians over the rounds of ratios within a round.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 import jaxbn
+from experiments.aot.hlo import temporary_bytes
 from experiments.bench import torch_networks
 from experiments.bench.compare import Candidate, compare
 from experiments.bench.peers import OURS, installed, torch_layouts
@@ -107,10 +108,10 @@ def _in_jax(training: Training, norm: jaxbn.Normalizer) -> Candidate:
     x, labels = map(jnp.asarray, training.draw())
     variables = network.init(jax.random.key(0), x)
 
-    def step(state, x, labels):
+    def step(state: tuple, x: jax.Array, labels: jax.Array) -> tuple:
         params, batch_stats, optimizer_state = state
 
-        def loss(params):
+        def loss(params: Any) -> tuple[jax.Array, Any]:
             logits, moved = network.apply({"params": params, "batch_stats": batch_stats}, x, train=True)
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), moved
 
@@ -122,10 +123,10 @@ def _in_jax(training: Training, norm: jaxbn.Normalizer) -> Candidate:
     compiled = jax.jit(step, donate_argnums=0).lower(state, x, labels).compile()
     held = {"state": jax.tree.map(jnp.copy, state)}  # equal arrays may share a buffer, which is donated once
 
-    def run():
+    def run() -> None:
         held["state"] = jax.block_until_ready(compiled(held["state"], x, labels))
 
-    return Candidate(run, compiled.memory_analysis().temp_size_in_bytes)
+    return Candidate(run, temporary_bytes(compiled))
 
 
 def _in_torch(training: Training, *, channels_last: bool) -> Candidate:
@@ -138,7 +139,7 @@ def _in_torch(training: Training, *, channels_last: bool) -> Candidate:
     if x.ndim == 4:
         x = x.permute(0, 3, 1, 2).contiguous(memory_format=order)
 
-    def run():
+    def run() -> None:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(network(x), labels).backward()
         optimizer.step()

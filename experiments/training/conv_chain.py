@@ -78,9 +78,8 @@ def loop(block: Block, policy: bool) -> Chain:
 
     def chain(norm: jaxbn.Normalizer, x: Array, units: dict) -> tuple[Array, dict]:
         body = partial(block, norm)
-        if policy:
-            body = jax.checkpoint(body, policy=jaxbn.dots_and_statistics_saveable, prevent_cse=False)
-        return lax.scan(body, x, units)
+        checkpointed = partial(jax.checkpoint, policy=jaxbn.dots_and_statistics_saveable, prevent_cse=False)
+        return lax.scan(checkpointed(body) if policy else body, x, units)
 
     return chain
 
