@@ -148,25 +148,32 @@ def report() -> None:
 def bench(
     name: Annotated[str, tyro.conf.Positional] = "all",
     json: str | None = None,
+    tables: bool = False,
     aot: str | None = None,
     program: str = "all",
 ) -> None:
-    """Run a benchmark or, without a name, all of them: ten minutes on two cores.
+    """Run a benchmark or, without a name, all of them: twenty minutes on two cores.
 
     Args:
-        name: operation (one layer), steps (training steps), grid (many networks at once), accuracy, memory, or all.
-        json: a file for the record; pictures go beside it.
+        name: operation (one layer), steps (training steps), accuracy, memory, compile, grid (many networks), or all.
+        json: a file for the record; tables and pictures go beside it, what it holds of other benchmarks stays.
+        tables: measure nothing, make tables, pictures and experiments/bench/README.md anew from the committed record.
         aot: TPUs or GPUs, such as v5e:16x16 or h100:8: compile for them and count what it costs, without owning them.
         program: what to compile with --aot: layer, chain, loop, resnet50 (minutes a line) or all.
     """
+    record = None if json is None else Path(json)
     if aot is not None:
         from experiments.aot.command import main as compile_ahead
 
-        compile_ahead(aot, program)
+        compile_ahead(aot, program, record)
         return
+    from experiments.bench.command import rebuild
     from experiments.bench.command import run as run_benchmarks
 
-    run_benchmarks(list(registry.BENCHMARKS) if name == "all" else [name], None if json is None else Path(json))
+    if tables:
+        print(rebuild())
+        return
+    run_benchmarks(list(registry.BENCHMARKS) if name == "all" else [name], record)
 
 
 def parse_seeds(text: str) -> int:

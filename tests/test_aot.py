@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import pytest
 
 import jaxbn
-from experiments.aot import command as aot
+from experiments.aot import command
 from experiments.aot import programs as aot_programs
 from experiments.aot import targets as aot_targets
 from experiments.aot.collectives import collectives
+from experiments.aot.cost import cost_of
 from experiments.aot.hlo import arrays, elements, parse
 from experiments.aot.hlo_bytes import moves, traffic
 from experiments.errors import UserError
@@ -218,7 +219,7 @@ def test_on_a_tpu_the_count_is_xlas_own_where_nothing_is_fetched_ahead(arm):
 def test_a_synchronized_layer_sends_twice_and_moves_what_flax_moves_on_a_tpu():
     mesh = aot_targets.mesh_of("v5e:2x2")
     costs = [
-        aot.cost_of(aot_programs.compile_layer(aot_programs.ARMS[arm]("data", jax.nn.relu), mesh, output=True))
+        cost_of(aot_programs.compile_layer(aot_programs.ARMS[arm]("data", jax.nn.relu), mesh, output=True))
         for arm in ("jaxbn, fused", "flax")
     ]
     assert [cost.all_reduces for cost in costs] == [2, 2]
@@ -230,7 +231,7 @@ def test_unknown_topologies_and_programs_are_users_errors():
     with pytest.raises(UserError, match="v5e:16x16"):
         aot_targets.mesh_of("v5e:three")
     with pytest.raises(UserError, match="layer, chain, loop, resnet50, all"):
-        aot.main("v5e:2x2", "mlp")
+        command.main("v5e:2x2", "mlp")
 
 
 @pytest.mark.parametrize("topology", ["h100:", "h100:9", "h200:0", "h100:2x4"])
@@ -251,10 +252,10 @@ def test_without_the_cuda_plugin_the_error_says_what_to_install(monkeypatch):
 def test_one_layer_on_eight_gpus_takes_seven_passes_and_two_collectives():
     """In a process of its own: what the plugin reads of the environment it reads once."""
     program = (
-        "import jax; from experiments import aot, aot_programs, aot_targets;"
-        "mesh = aot_targets.mesh_of('h100:8'); norm = aot_programs.ARMS['jaxbn, fused']('data', jax.nn.relu);"
-        "cost = aot.cost_of(aot_programs.compile_layer(norm, mesh, output=True));"
-        "print(cost.all_reduces, cost.moved / aot.size_of(aot_programs.LAYER))"
+        "import jax; from experiments.aot import cost, listing, programs, targets;"
+        "mesh = targets.mesh_of('h100:8'); norm = programs.ARMS['jaxbn, fused']('data', jax.nn.relu);"
+        "found = cost.cost_of(programs.compile_layer(norm, mesh, output=True));"
+        "print(found.all_reduces, found.moved / listing.size_of(programs.LAYER))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     all_reduces, passes = done.stdout.split()

@@ -152,7 +152,7 @@ def test_fewer_examples_than_a_batch_are_refused(tmp_path):
 def test_images_of_a_size_that_the_network_does_not_take_are_refused(tmp_path):
     network = models.lenet(jaxbn.batch_norm(), use_bias=False, activation=jnp.tanh)
     lenet = TASK._replace(init=lambda run, key, x: network.init(key, x), apply=network.apply)
-    with pytest.raises(UserError, match=r"the network takes no images of 3 x 3 x 1 (.*): choose another --data"):
+    with pytest.raises(UserError, match=r"takes no images of 3 x 3 x 1 \(.*\): choose another --data"):
         train(tmp_path / "run", SCHEDULE, the_task=lenet)
 
 

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import NamedTuple
 
-from experiments.aot.hlo import Instruction, Program, arrays, parse
+from experiments.aot.hlo import HloModule, Instruction, arrays, parse
 
 _KINDS = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -44,13 +44,13 @@ def _kind(instruction: Instruction) -> str:
     return instruction.opcode.removesuffix("-start")
 
 
-def _sent(instruction):
+def _sent(instruction: Instruction) -> int:
     return sum(array.bytes for array in arrays(instruction.result())) if _kind(instruction) in _KINDS else 0
 
 
-def _lesser_branches(program: Program) -> set[str]:
+def _lesser_branches(program: HloModule) -> set[str]:
     """Computations that only one branch of a conditional runs, where another branch of it sends more."""
-    lesser = set()
+    lesser: set[str] = set()
     conditionals = (i for inside in program.computations.values() for i in inside.values() if i.opcode == "conditional")
     for conditional in conditionals:
         run = sorted((program.reachable({name}) for name in conditional.branches()), key=partial(_total, program))
@@ -58,5 +58,5 @@ def _lesser_branches(program: Program) -> set[str]:
     return lesser
 
 
-def _total(program, names):
+def _total(program: HloModule, names: set[str]) -> int:
     return sum(_sent(i) for name in names for i in program.computations[name].values())

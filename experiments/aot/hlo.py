@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+import jax
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
@@ -76,11 +78,11 @@ class Instruction(NamedTuple):
         return [name for part in found.groups() if part for name in _names(part)] if found else []
 
 
-def _names(text):
+def _names(text: str) -> list[str]:
     return [part.strip().lstrip("%") for part in text.split(",") if part.strip()]
 
 
-class Program(NamedTuple):
+class HloModule(NamedTuple):
     """A compiled program.
 
     Attributes:
@@ -128,7 +130,7 @@ class Program(NamedTuple):
             return None
         return int(bound.inside) - self._start(computation, loop, int(counter.attribute("index")))
 
-    def _start(self, computation, loop, index):
+    def _start(self, computation: str, loop: Instruction, index: int) -> int:
         instructions = self.computations[computation]
         start = instructions[instructions[loop.operands[0]].operands[index]]
         while start.opcode == "copy":
@@ -136,9 +138,26 @@ class Program(NamedTuple):
         return int(start.inside) if start.opcode == "constant" else 0
 
 
-def parse(text: str) -> Program:
+def text_of(compiled: jax.stages.Compiled) -> str:
+    """The program's text, as `parse` reads it; ValueError where XLA gives none."""
+    text = compiled.as_text()
+    if text is None:
+        raise ValueError("this program has no text: XLA gives none on this platform.")
+    return text
+
+
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that the program allocates beside arguments and results; ValueError where XLA does not say."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        raise ValueError("XLA does not say what memory this program takes on this platform.")
+    return analysis.temp_size_in_bytes
+
+
+def parse(text: str) -> HloModule:
     """The program whose `compiled.as_text()` this is; ValueError if it is none."""
-    computations, entry, current = {}, None, None
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = None, None
     for line in text.splitlines():
         start = _COMPUTATION.match(line)
         if start:
@@ -149,10 +168,10 @@ def parse(text: str) -> Program:
             current[instruction.name] = instruction
     if entry is None:
         raise ValueError(f"no ENTRY computation in a text of {len(text)} characters; expected compiled.as_text().")
-    return Program(entry, computations)
+    return HloModule(entry, computations)
 
 
-def _instruction(name, text, is_root):
+def _instruction(name: str, text: str, is_root: bool) -> Instruction:
     end = _closing(text) if text.startswith("(") else text.index(" ")
     shape, rest = text[:end], text[end:].strip()
     opcode, inside = rest[: rest.index("(")], rest[rest.index("(") :]
@@ -161,7 +180,7 @@ def _instruction(name, text, is_root):
     return Instruction(name, shape, opcode, inside, tuple(re.findall(r"%([\w.\-]+)", inside)), attributes, is_root)
 
 
-def _closing(text):
+def _closing(text: str) -> int:
     """Where the parenthesis that text begins with is closed, and one further."""
     depth = 0
     for place, character in enumerate(text):
@@ -189,15 +208,15 @@ def arrays(shape: str) -> list[Array]:
     return [_array(*found) for found in _ARRAY.findall(shape)]
 
 
-def _array(kind, sizes, layout):
-    sizes = [int(size.strip("<=")) for size in sizes.split(",") if size]
+def _array(kind: str, dimensions: str, layout: str) -> Array:
+    sizes = [int(size.strip("<=")) for size in dimensions.split(",") if size]
     tile = _TILE.search(layout)
     stored = _padded(sizes, layout, [int(size) for size in tile[1].split(",")]) if tile else sizes
     size, places, bits = math.prod(sizes), math.prod(stored), _bits(kind)
     return Array(size, -(-bits * size // 8), -(-bits * places // 8), bool(re.search(r"S\([1-9]", layout)))
 
 
-def _padded(sizes, layout, tile):
+def _padded(sizes: list[int], layout: str, tile: list[int]) -> list[int]:
     """Sizes in the order of memory, the last of them rounded up to whole tiles."""
     order = [int(axis) for axis in layout.split(":")[0].split(",") if axis]
     sizes = [1] * (len(tile) - len(sizes)) + [sizes[axis] for axis in reversed(order)]
@@ -205,7 +224,7 @@ def _padded(sizes, layout, tile):
     return sizes[:split] + [-(-size // unit) * unit for size, unit in zip(sizes[split:], tile, strict=True)]
 
 
-def _bits(kind):
+def _bits(kind: str) -> int:
     if kind == "pred":
         return 8
     number = re.match(r"[a-z]+(\d+)", kind)  # f8e4m3fn has 8

@@ -9,7 +9,7 @@ most.
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from experiments.aot.hlo import Array, Instruction, Program, arrays, elements, parse
+from experiments.aot.hlo import Array, HloModule, Instruction, arrays, elements, parse
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "partition-id",
@@ -65,7 +65,7 @@ def _sum(some: Iterable[Move]) -> int:
     return sum(move.bytes for move in some)
 
 
-def _moves(program: Program, name: str, times: int, rare: bool) -> Iterator[Move]:
+def _moves(program: HloModule, name: str, times: int, rare: bool) -> Iterator[Move]:
     for instruction in program.computations[name].values():
         opcode = instruction.opcode
         if opcode == "while":
@@ -84,13 +84,13 @@ def _moves(program: Program, name: str, times: int, rare: bool) -> Iterator[Move
             yield Move(instruction, main, on_chip, rare)
 
 
-def _is_free(instruction):
+def _is_free(instruction: Instruction) -> bool:
     if instruction.opcode == "custom-call":
         return instruction.attribute("custom_call_target") in _FREE_CALLS
     return instruction.opcode in _FREE or instruction.opcode.endswith(("-done", "-update"))
 
 
-def _touched(program, name, instruction) -> Iterator[Array]:
+def _touched(program: HloModule, name: str, instruction: Instruction) -> Iterator[Array]:
     """The arrays that an instruction reads and writes, slices at their own size."""
     for operand in dict.fromkeys(instruction.operands):
         part = _part_read(program, instruction, instruction.operands.index(operand))
@@ -99,7 +99,7 @@ def _touched(program, name, instruction) -> Iterator[Array]:
         yield from _cut(arrays(result), _part_written(program, name, instruction, place))
 
 
-def _cut(whole, part):
+def _cut(whole: list[Array], part: int | None) -> list[Array]:
     """The arrays, or of a single one as many entries as are touched."""
     if part is None:
         return whole
@@ -107,7 +107,7 @@ def _cut(whole, part):
     return [array._replace(padded=min(part, array.size) * array.padded // max(array.size, 1))]
 
 
-def _part_read(program, instruction, place) -> int | None:
+def _part_read(program: HloModule, instruction: Instruction, place: int) -> int | None:
     """Entries read of an operand of which only slices are; None where it is read whole."""
     opcode = instruction.opcode.removesuffix("-start")
     if opcode in _SLICES and place == 0:
@@ -122,10 +122,11 @@ def _part_read(program, instruction, place) -> int | None:
     if any(inside[view].is_root for view in views):
         return None
     parts = [_part_read(program, user, user.operands.index(view)) for view in views for user in _users(inside, view)]
-    return None if None in parts else sum(parts)
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
-def _views(inside, instruction):
+def _views(inside: dict[str, Instruction], instruction: Instruction) -> list[str]:
     """Names under which an instruction's array is used unchanged."""
     names = [instruction.name]
     for name in names:
@@ -133,11 +134,11 @@ def _views(inside, instruction):
     return names
 
 
-def _users(inside, name):
+def _users(inside: dict[str, Instruction], name: str) -> list[Instruction]:
     return [user for user in inside.values() if name in user.operands and user.opcode not in _VIEWS]
 
 
-def _part_written(program, name, instruction, place) -> int | None:
+def _part_written(program: HloModule, name: str, instruction: Instruction, place: int) -> int | None:
     """Entries written of a result of which only a slice is; None where it is written whole."""
     computation = program.computations[name]
     if instruction.opcode == "fusion":
@@ -155,5 +156,5 @@ def _part_written(program, name, instruction, place) -> int | None:
     return _size(computation[instruction.operands[1]].shape)
 
 
-def _size(shape):
+def _size(shape: str) -> int:
     return sum(array.size for array in arrays(shape))

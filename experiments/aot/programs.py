@@ -5,6 +5,7 @@ Each is compiled for a mesh with one axis, "data", over which statistics are sha
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxbn
-from experiments.bench import memory as bench_memory
-from experiments.bench.peer_layers import Activation, followed_by, linen
+from experiments.bench.peers import Activation, followed_by, linen
+from experiments.training import conv_chain
 from experiments.training.models import Network
-from experiments.training.resnet import resnet, xla_convolve
+from experiments.training.resnet import resnet
 from jaxbn import training
 
 # Of one device: 103 MB of float32, twice what an H100 caches (where reading again seems cheap, XLA fuses less).
@@ -54,18 +55,18 @@ def compile_layer(
     """
     variables = norm.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
 
-    def layer(params, x, dy):
-        def forward(params, x):
+    def layer(params: Any, x: jax.Array, dy: jax.Array) -> tuple:
+        def forward(params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
             return norm.apply({**variables, "params": params}, x, train=True)
 
         y, backward, batch_stats = jax.vjp(forward, params, x, has_aux=True)
         return backward(dy), batch_stats, y if output else None
 
-    spread = jax.shard_map(
+    sharded = jax.shard_map(
         layer, mesh=mesh, in_specs=(P(), P("data"), P("data")), out_specs=((P(), P("data")), P(), P("data"))
     )
-    x = _spread(shape, mesh)
-    return jax.jit(spread).lower(_whole(variables["params"], mesh), x, x).compile()
+    x = _sharded(shape, mesh)
+    return jax.jit(sharded).lower(_whole(variables["params"], mesh), x, x).compile()
 
 
 def compile_chain(norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = CHAIN) -> jax.stages.Compiled:
@@ -76,32 +77,26 @@ def compile_chain(norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = C
       mesh: with one axis, "data".
       shape: of x, dy and each activation on one device, float32.
     """
-    kernel = (3, 3, shape[-1], shape[-1])
-    one = norm.init(jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
-    params = [{"kernel": jax.ShapeDtypeStruct(kernel, jnp.float32), "norm": one["params"]}] * CHAIN_LENGTH
+    unit = conv_chain.unit_shapes(norm, shape)
+    batch_stats = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), unit.pop("batch_stats"))
 
-    def loss(params, x, dy):
-        moved = []
-        for unit in params:
-            variables = {"params": unit["norm"], "batch_stats": one["batch_stats"]}
-            x, batch_stats = norm.apply(variables, xla_convolve(x, unit["kernel"], 1), train=True)
-            moved.append(batch_stats)
-        return jnp.vdot(x, dy), moved
+    def gradient(x: jax.Array, units: list[dict], dy: jax.Array) -> tuple:
+        def chain(x: jax.Array, units: list[dict]) -> tuple[jax.Array, list]:
+            return conv_chain.written_out(norm, x, [{**unit, "batch_stats": batch_stats} for unit in units])
 
-    spread = jax.shard_map(
-        jax.grad(loss, argnums=(0, 1), has_aux=True),
-        mesh=mesh,
-        in_specs=(P(), P("data"), P("data")),
-        out_specs=((P(), P("data")), P()),
+        return conv_chain.gradient_of(chain)(x, units, dy)
+
+    sharded = jax.shard_map(
+        gradient, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=((P("data"), P()), P())
     )
-    x = _spread(shape, mesh)
-    return jax.jit(spread).lower(_whole(params, mesh), x, x).compile()
+    x = _sharded(shape, mesh)
+    return jax.jit(sharded).lower(x, _whole([unit] * CHAIN_LENGTH, mesh), x).compile()
 
 
 def compile_loop(
-    chain: Callable, norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = LOOP
+    chain: conv_chain.Chain, norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = LOOP
 ) -> jax.stages.Compiled:
-    """Gradients of a chain of `experiments.bench.memory`, the same on every device.
+    """Gradients of a chain of `experiments.training.conv_chain`, the same on every device.
 
     Args:
       chain: chain(norm, x, units) -> (y, moved statistics).
@@ -109,36 +104,43 @@ def compile_loop(
       mesh: whose devices take the whole batch each.
       shape: of an activation, float32.
     """
-    x, units = _whole(bench_memory.arguments(norm, shape), mesh)
-    return bench_memory.compile_gradient(partial(chain, norm), x, units)
+    x, units = _whole(conv_chain.arguments(norm, shape), mesh)
+    return conv_chain.compile_gradient(partial(chain, norm), x, units)
 
 
 def compile_step(
-    norm: jaxbn.Normalizer, mesh: Mesh, spread: str = "shard_map", depth: int = 50, image: tuple[int, ...] = IMAGE
+    norm: jaxbn.Normalizer, mesh: Mesh, parallel: str = "shard_map", depth: int = 50, image: tuple[int, ...] = IMAGE
 ) -> jax.stages.Compiled:
     """A train step of a ResNet, bfloat16 activations, momentum SGD: "jit" or "shard_map"."""
+    step, arguments = train_step(norm, mesh, parallel, depth, image)
+    return step.lower(*arguments).compile()
+
+
+def train_step(
+    norm: jaxbn.Normalizer, mesh: Mesh, parallel: str, depth: int, image: tuple[int, ...]
+) -> tuple[training.Step, tuple]:
+    """The step that `compile_step` compiles, and the shapes of its arguments."""
     network = resnet(depth, norm, dtype=jnp.bfloat16)
     optimizer = optax.sgd(0.1, momentum=0.9)
-    build = training.jit_step if spread == "jit" else training.shard_map_step
-    step = build(loss_of(network), optimizer, mesh=mesh)
+    build = training.jit_step if parallel == "jit" else training.shard_map_step
     batch = {
-        "image": _spread((IMAGES_PER_CHIP, *image), mesh, jnp.bfloat16),
-        "label": _spread((IMAGES_PER_CHIP,), mesh, jnp.int32),
+        "image": _sharded((IMAGES_PER_CHIP, *image), mesh, jnp.bfloat16),
+        "label": _sharded((IMAGES_PER_CHIP,), mesh, jnp.int32),
     }
 
-    def start(key):
+    def start(key: jax.Array) -> training.TrainState:
         variables = network.init(key, jax.ShapeDtypeStruct((2, *image), jnp.bfloat16))
         return training.init_state(variables, optimizer)
 
     state = _whole(jax.eval_shape(start, jax.random.key(0)), mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return step.lower(state, batch, key).compile()
+    return build(loss_of(network), optimizer, mesh=mesh), (state, batch, key)
 
 
-def loss_of(network: Network) -> training.Loss:
+def loss_of(network: Network) -> Callable[[dict, dict, jax.Array], training.LossOutput]:
     """Cross-entropy of the labels."""
 
-    def loss(variables, batch, rng):
+    def loss(variables: dict, batch: dict, rng: jax.Array) -> training.LossOutput:
         del rng
         logits, batch_stats = network.apply(variables, batch["image"], train=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
@@ -147,12 +149,12 @@ def loss_of(network: Network) -> training.Loss:
     return loss
 
 
-def _spread(shape, mesh, dtype=jnp.float32):
+def _sharded(shape: tuple[int, ...], mesh: Mesh, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
     """An array of which each device holds `shape`."""
     return jax.ShapeDtypeStruct((mesh.size * shape[0], *shape[1:]), dtype, sharding=NamedSharding(mesh, P("data")))
 
 
-def _whole(tree, mesh):
+def _whole(tree: Any, mesh: Mesh) -> Any:
     """Arrays of which each device holds all."""
     place = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()))
     return jax.tree.map(lambda leaf: place(leaf.shape, leaf.dtype), tree)

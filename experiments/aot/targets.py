@@ -71,7 +71,7 @@ def mesh_of(topology: str) -> Mesh:
     return Mesh(np.asarray(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def _tpus(topology):
+def _tpus(topology: str) -> list:
     # libtpu would ask the metadata server of a cloud machine which TPU this is, and guard the chip that it has not got.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -86,7 +86,7 @@ def _tpus(topology):
         ) from None
 
 
-def _gpus(topology, gpu, count):
+def _gpus(topology: str, gpu: Gpu, count: str) -> list:
     if not (count.isdigit() and (0 < int(count) <= GPUS_PER_HOST or int(count) % GPUS_PER_HOST == 0 < int(count))):
         raise UserError(f"--aot {topology!r}: give 1 to {GPUS_PER_HOST} GPUs, or a multiple of {GPUS_PER_HOST}")
     if not has_cuda_plugin():

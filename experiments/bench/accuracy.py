@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxbn
-from experiments.bench.peer_layers import OURS, installed
+from experiments.bench.peers import OURS, installed
 from experiments.framework.tables import Table
 
 ROWS, FEATURES = 1024, 16
@@ -91,24 +91,25 @@ def libraries() -> dict:
     return found | ({"torch": _in_torch} if importlib.util.find_spec("torch") else {})
 
 
-def _in_jax(norm, x, dy) -> Normalized:
+def _in_jax(norm: jaxbn.Normalizer, x: np.ndarray, dy: np.ndarray) -> Normalized:
     variables = norm.init(jax.random.key(0), jnp.zeros_like(x))
 
     @jax.jit
-    def both(x, dy):
+    def both(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, pull = jax.vjp(lambda x: norm.apply(variables, x, train=True)[0], x)
         return y, pull(dy)[0]
 
-    return tuple(np.asarray(v) for v in both(x, dy))
+    y, dx = both(x, dy)
+    return np.asarray(y), np.asarray(dx)
 
 
-def _in_torch(x, dy) -> Normalized:
+def _in_torch(x: np.ndarray, dy: np.ndarray) -> Normalized:
     import torch
 
-    x = torch.tensor(x, requires_grad=True)
-    y = torch.nn.BatchNorm1d(x.shape[-1], eps=EPSILON)(x)
+    given = torch.tensor(x, requires_grad=True)
+    y = torch.nn.BatchNorm1d(x.shape[-1], eps=EPSILON)(given)
     y.backward(torch.tensor(dy))
-    return y.detach().numpy(), x.grad.numpy()
+    return y.detach().numpy(), given.grad.numpy()
 
 
 def tabulate(rows: Sequence[Row]) -> list[Table]:

@@ -1,7 +1,7 @@
 """Running benchmarks: rows that are measured, tables that show them, a record and pictures.
 
-A benchmark is a module with `measured() -> rows`, which yields NamedTuples one by one, `tabulate(rows) -> [Table]` and,
-if there is something to see, `draw(rows) -> Figure`.
+A benchmark is a module with a NamedTuple `Row`, `measured() -> rows`, which yields them one by one, `tabulate(rows) ->
+[Table]` and, if there is something to see, `draw(rows) -> Figure`. The README here shows the committed record.
 """
 
 from collections.abc import Sequence
@@ -11,52 +11,68 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.status import Status
 
-from experiments.bench.timing import keep_freed_memory
+from experiments.bench import record as records
+from experiments.bench.figures import README, RECORD, with_figures
+from experiments.bench.record import Measured
 from experiments.errors import UserError
 from experiments.framework import registry
-from experiments.framework.provenance import commit, hardware, provenance
-from experiments.framework.record import write_json
-from experiments.framework.tables import to_markdown, to_rich
+from experiments.framework.tables import to_rich
+from experiments.framework.timing import keep_freed_memory
 
 
-def run(names: Sequence[str], record: Path | None) -> None:
-    """Measure and print tables; if a record is wanted, write it, the tables in Markdown and pictures beside it.
+def run(names: Sequence[str], path: Path | None) -> None:
+    """Measure and print tables; if a record is wanted, put them there, the tables in Markdown and pictures beside it.
 
-    UserError if `record` cannot be written, before anything is measured.
+    What the record holds of other benchmarks stays. UserError if it cannot be written, before anything is measured.
     """
     modules = {name: registry.load_benchmark(name) for name in names}
-    if record is not None and not record.parent.is_dir():
-        raise UserError(f"--json {record}: there is no directory {record.parent}; make it first")
+    record = {} if path is None else open_record(path)
     keep_freed_memory()
-    console, found, tables, made_from = Console(), {}, [], provenance()
+    console = Console()
     for name, module in modules.items():
-        found[name] = rows = []
+        rows, origin = [], records.provenance_with_peers()
         with Status(name, console=console) as status:
             for row in module.measured():
                 rows.append(row)
                 status.update(f"{name}: {len(rows)} measured")
-        shown = module.tabulate(rows)
-        tables += shown
-        for table in shown:
+        for table in module.tabulate(rows):
             console.print(to_rich(table))
-        if record is not None:
-            plain = {name: [as_json(row) for row in rows] for name, rows in found.items()}
-            write_json(record, {"provenance": made_from, "benchmarks": plain})
-            made_by = f"{hardware()}; commit {commit()[:12]}; `python -m experiments bench --json FILE`.\n"
-            record.with_suffix(".md").write_text("\n\n".join([*map(to_markdown, tables), made_by]))
-        if record is not None and hasattr(module, "draw"):
-            drawn = module.draw(rows)
-            drawn.savefig(record.with_name(f"{record.stem}-{name}.png"), dpi=110, metadata={"Software": None})
-            plt.close(drawn)
-    console.print(f"{hardware()}; commit {commit()[:12]}")
+        console.print(records.origin(origin, name), highlight=False)
+        if path is not None:
+            record[name] = Measured(origin, rows)
+            records.write(path, {each: record[each] for each in registry.BENCHMARKS if each in record})
+            draw(path, name, rows)
 
 
-def as_json(value: object) -> object:
-    """NamedTuples as objects, other tuples as lists."""
-    if hasattr(value, "_asdict"):
-        return as_json(value._asdict())
-    if isinstance(value, dict):
-        return {key: as_json(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(v) for v in value]
-    return value
+def open_record(path: Path) -> dict[str, Measured]:
+    """What the record holds already; its directory is made."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+    except OSError as error:
+        raise UserError(f"--json {path} cannot be written ({error.strerror}): choose another file") from None
+    if path.stat().st_size:
+        return records.read(path)
+    path.unlink()
+    return {}
+
+
+def draw(path: Path, name: str, rows: Sequence) -> None:
+    """The benchmark's picture beside the record, if it has one."""
+    module = registry.load_benchmark(name)
+    if hasattr(module, "draw"):
+        figure = module.draw(rows)
+        picture = path.with_name(f"{path.stem}-{name}.png")
+        figure.savefig(picture, dpi=110, bbox_inches="tight", metadata={"Software": None})
+        plt.close(figure)
+
+
+def rebuild() -> str:
+    """Make the tables, pictures and the README of this room anew from the committed record; what was made."""
+    record = records.read(RECORD)
+    records.write(RECORD, record)
+    for name, measured in record.items():
+        draw(RECORD, name, measured.rows)
+    README.write_text(with_figures(README.read_text()))
+    return f"{README} and {RECORD.with_suffix('.md')}"

@@ -14,16 +14,24 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 import jaxbn
-from experiments.bench.peer_layers import followed_by, linen
+from experiments.aot import hlo
+from experiments.bench.peers import followed_by, linen
 from experiments.framework.tables import Table
-from experiments.training.resnet import xla_convolve
+from experiments.training.conv_chain import (
+    BLOCKS,
+    Chain,
+    arguments,
+    compile_gradient,
+    convolve_first,
+    loop,
+    norm_first,
+    unrolled,
+)
 
+FLOAT32 = 4  # bytes
 SHAPE = (32, 56, 56, 64)
-BLOCKS = 6
 PEER = "flax.linen"
 NORMS: dict[str, Callable[[], jaxbn.Normalizer]] = {
     "jaxbn": lambda: followed_by(jaxbn.batch_norm(), jax.nn.relu),
@@ -39,10 +47,6 @@ NOTES = {
     UNROLLED: "No gain from the policy here: XLA for CPUs drops the barriers that keep recomputation apart, takes the"
     " forward pass's values instead, and copies what JAX marks as kept.",
 }
-_policy = jaxbn.dots_and_statistics_saveable
-
-Array = jax.Array
-Block = Callable[[jaxbn.Normalizer, Array, dict], tuple[Array, dict]]  # (norm, x, unit) -> (y, moved statistics)
 
 
 class Row(NamedTuple):
@@ -90,44 +94,10 @@ def recorded(chain: Callable, norm: jaxbn.Normalizer, shape: tuple[int, ...]) ->
 
 def temporary_bytes(chain: Callable, norm: jaxbn.Normalizer, shape: tuple[int, ...]) -> int:
     """Bytes that one compiled gradient of <y, dy> allocates while it runs, y that of `chain(x, units)`."""
-    return compile_gradient(chain, *arguments(norm, shape)).memory_analysis().temp_size_in_bytes
+    return hlo.temporary_bytes(compile_gradient(chain, *arguments(norm, shape)))
 
 
-def compile_gradient(chain: Callable, x: jax.ShapeDtypeStruct, units: dict) -> jax.stages.Compiled:
-    """Gradients of <y, dy> by x and the units, and the moved statistics, y of `chain(x, units) -> (y, moved)`."""
-
-    def loss(x, units, dy):
-        y, moved = chain(x, units)
-        return jnp.vdot(y, dy), moved
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(x, units, x).compile()
-
-
-def arguments(norm: jaxbn.Normalizer, shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, dict]:
-    """x, and the units stacked along a first axis: kernel [BLOCKS, 3, 3, channels, channels], variables of the norm."""
-    x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    one = jax.eval_shape(lambda key: norm.init(key, x), jax.random.key(0))
-    unit = {"kernel": jax.ShapeDtypeStruct((3, 3, shape[-1], shape[-1]), jnp.float32), **one}
-    return x, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((BLOCKS, *leaf.shape), leaf.dtype), unit)
-
-
-def convolve_first(norm: jaxbn.Normalizer, x: Array, unit: dict) -> tuple[Array, dict]:
-    """A convolution, the norm, relu: x and y are outputs of relu."""
-    return norm.apply(_variables(unit), xla_convolve(x, unit["kernel"], 1), train=True)
-
-
-def norm_first(norm: jaxbn.Normalizer, x: Array, unit: dict) -> tuple[Array, dict]:
-    """The norm, relu, a convolution: x and y are outputs of convolutions."""
-    y, moved = norm.apply(_variables(unit), x, train=True)
-    return xla_convolve(y, unit["kernel"], 1), moved
-
-
-def _variables(unit):
-    # Running statistics are none of the parameters: no gradient flows to them.
-    return {"params": unit["params"], "batch_stats": lax.stop_gradient(unit["batch_stats"])}
-
-
-def programs(policy: bool) -> dict[str, Callable]:
+def programs(policy: bool) -> dict[str, Chain]:
     """The chains `(norm, x, units) -> (y, moved)` of which gradients are compiled, by title."""
     return {
         CONVOLUTION_FIRST: loop(convolve_first, policy),
@@ -136,42 +106,16 @@ def programs(policy: bool) -> dict[str, Callable]:
     }
 
 
-def loop(block: Block, policy: bool) -> Callable:
-    """The chain as `lax.scan`; the checkpoint is around its body."""
-
-    def chain(norm, x, units):
-        body = partial(block, norm)
-        return lax.scan(jax.checkpoint(body, policy=_policy, prevent_cse=False) if policy else body, x, units)
-
-    return chain
-
-
-def unrolled(policy: bool) -> Callable:
-    """The chain written out, a convolution first; the checkpoint is around all of it."""
-
-    def chain(norm, x, units):
-        moved = []
-        for number in range(BLOCKS):
-            x, batch_stats = convolve_first(norm, x, jax.tree.map(lambda leaf, i=number: leaf[i], units))
-            moved.append(batch_stats)
-        return x, moved
-
-    def checkpointed(norm, x, units):
-        return jax.checkpoint(partial(chain, norm), policy=_policy)(x, units)
-
-    return checkpointed if policy else chain
-
-
 def tabulate(rows: Sequence[Row]) -> list[Table]:
     """What is recorded, then a table a program; shares are of what Flax takes without the policy."""
     peer = next(row for row in rows if row.norm == PEER and not row.policy)
-    unit, where = 4 * math.prod(peer.shape), _where(peer.shape)
-    body = [[_label(row), f"{row.recorded:.1f}", f"{row.recorded / peer.recorded:.0%}"] for row in rows]
+    unit, where = activation_bytes(peer.shape), _where(peer.shape)
+    body = [[label(row), f"{row.recorded:.1f}", f"{row.recorded / peer.recorded:.0%}"] for row in rows]
     note = f"{where} Zeros of relu's derivative are among what is recorded; XLA makes them where it uses them."
     tables = [Table("What JAX records of the unrolled chain", ["", "T", "of Flax's"], body, note)]
     for title, whole in peer.temporary.items():
         body = [
-            [_label(row), f"{found / 1e6:.1f}", f"{found / unit:.1f}", f"{found / whole:.0%}"]
+            [label(row), f"{found / 1e6:.1f}", f"{found / unit:.1f}", f"{found / whole:.0%}"]
             for row in rows
             for found in (row.temporary[title],)
         ]
@@ -180,14 +124,20 @@ def tabulate(rows: Sequence[Row]) -> list[Table]:
     return tables
 
 
-def _label(row):
+def label(row: Row) -> str:
+    """The norm of a row, and whether the policy was around it."""
     return f"{row.norm}, under the policy" if row.policy else row.norm
 
 
-def _where(shape):
+def _where(shape: tuple[int, ...]) -> str:
     size = " x ".join(map(str, shape))
-    return f"{BLOCKS} blocks of {size}, float32; compiled for a CPU by jax {jax.__version__}."
+    return f"{BLOCKS} blocks of {size}, float32; compiled for a CPU."
 
 
-def _bytes(array):
+def activation_bytes(shape: tuple[int, ...]) -> int:
+    """Of a float32 array of that shape."""
+    return FLOAT32 * math.prod(shape)
+
+
+def _bytes(array: jax.ShapeDtypeStruct) -> int:
     return array.size * array.dtype.itemsize

@@ -18,14 +18,15 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import numpy as np
+import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 
-from experiments.bench import peers as bench_peers
-from experiments.bench.peers import BOTH, EVAL, FORWARD, Case
-from experiments.bench.timing import interleaved, ratio
-from experiments.framework import plots
+from experiments.bench import one_layer
+from experiments.bench.compare import compare
+from experiments.bench.one_layer import BOTH, EVAL, FORWARD, LayerCall
+from experiments.bench.peers import FUSED, OURS
+from experiments.framework.pictures import LOOK
 from experiments.framework.tables import Table
 
 SHAPES = (
@@ -56,7 +57,7 @@ class Row(NamedTuple):
       temporary: bytes that a compiled program allocates, by library.
     """
 
-    case: Case
+    case: LayerCall
     seconds: dict[str, float]
     ours_over: dict[str, float]
     quartiles: tuple[float, float]
@@ -66,12 +67,12 @@ class Row(NamedTuple):
     def best(self) -> str:
         """The fastest peer."""
         _, *peers = self.seconds
-        return min(peers, key=self.seconds.get)
+        return min(peers, key=self.seconds.__getitem__)
 
 
-def cases() -> list[Case]:
+def cases() -> list[LayerCall]:
     """All that are measured."""
-    return [Case(shape, dtype, *kind) for dtype, kind, shape in itertools.product(DTYPES, KINDS, SHAPES)]
+    return [LayerCall(shape, dtype, *kind) for dtype, kind, shape in itertools.product(DTYPES, KINDS, SHAPES)]
 
 
 def measured() -> Iterator[Row]:
@@ -79,21 +80,14 @@ def measured() -> Iterator[Row]:
     return map(measure, cases())
 
 
-def measure(case: Case, rounds: int = ROUNDS) -> Row:
+def measure(case: LayerCall, rounds: int = ROUNDS) -> Row:
     """Time one case in all libraries."""
-    programs = bench_peers.programs(case)
-    runs = {name: program.run for name, program in programs.items()}
-    found = interleaved({**runs, FLOOR: bench_peers.copy(case).run}, rounds)
-    jax.clear_caches()
-    floor = found.pop(FLOOR) * PASSES[case.mode] / 2
-    ours = found[next(iter(found))]
-    return Row(
-        case,
-        {name: float(np.median(values)) for name, values in found.items()},
-        {name: ratio(ours, values) for name, values in {**found, FLOOR: floor}.items()},
-        tuple(float(v) for v in np.percentile(ours, [25, 75])),
-        {name: program.temporary for name, program in programs.items() if program.temporary is not None},
-    )
+    candidates = one_layer.candidates(case)
+    ours = next(iter(candidates))
+    floor = {FLOOR: PASSES[case.mode] / 2}  # a copy is two passes
+    found = compare({**candidates, FLOOR: one_layer.copy(case)}, ours, rounds, floor)
+    seconds = {name: value for name, value in found.seconds.items() if name != FLOOR}
+    return Row(case, *found._replace(seconds=seconds))
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -107,11 +101,11 @@ def tabulate(rows: Sequence[Row]) -> list[Table]:
     return [_table(key, list(group)) for key, group in groups]
 
 
-def _table(key, rows) -> Table:
+def _table(key: tuple[str, str, bool], rows: Sequence[Row]) -> Table:
     dtype, mode, relu = key
     body = [
         [
-            _shape(row.case),
+            shape_in_words(row.case),
             f"{1e6 * row.seconds[next(iter(row.seconds))]:.0f}",
             f"{row.ours_over[FLAX]:.2f}",
             f"{row.ours_over[row.best]:.2f}",
@@ -128,25 +122,35 @@ def _table(key, rows) -> Table:
     return Table(title, ["x", "us", "/ Flax", "/ best", "best peer", "/ floor", "T", "Flax T"], body)
 
 
-def _shape(case):
+def shape_in_words(case: LayerCall) -> str:
+    """Such as "32x56x56x64"."""
     return "x".join(map(str, case.shape))
 
 
 def draw(rows: Sequence[Row]) -> Figure:
     """Every library's time over ours, one panel for each dtype and kind of run."""
-    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row.case[1:])]
-    title = "How many times as long as jaxbn's layer? Above 1 is slower"
-    drawn, axes = plots.figure(title, -(-len(groups) // 4), min(4, len(groups)), size=(4.2, 3.6))
-    for ax, group in zip(axes.flat, groups, strict=False):
-        _, dtype, mode, relu = group[0].case
-        for name in dict.fromkeys(name for row in group for name in row.ours_over):
-            points = [(number, 1 / row.ours_over[name]) for number, row in enumerate(group) if name in row.ours_over]
-            ax.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1, label=name)
-        ax.set_title(f"{mode}{', relu' if relu else ''}, {dtype}", fontsize=9)
+    ratios = pd.DataFrame(
+        [
+            {
+                "x": shape_in_words(row.case),
+                "library": name,
+                "time over jaxbn's": 1 / ratio,
+                "kind": f"{row.case.mode}{', relu' if row.case.relu else ''}, {row.case.dtype}",
+            }
+            for row in rows
+            for name, ratio in row.ours_over.items()
+        ]
+    )
+    ratios["library"] = ratios["library"].replace(FUSED, OURS)
+    with sns.axes_style("ticks", LOOK):
+        grid = sns.relplot(
+            ratios, x="x", y="time over jaxbn's", hue="library", style="library", col="kind", col_wrap=4, kind="line",
+            markers=True, dashes=False, palette="colorblind", height=3, aspect=1.2,
+        )  # fmt: skip
+    grid.set_titles("{col_name}").set(yscale="log", xlabel="shape of x, features last")
+    for ax in grid.axes.flat:
         ax.set_yscale("log", base=2)
         ax.yaxis.set_major_formatter("{x:g}")
-        ax.set_xticks(range(len(group)), [_shape(row.case) for row in group], rotation=60, fontsize=7)
-    drawn.supylabel("time over jaxbn's, for shapes of x with features last", fontsize=9)
-    names = {name: line for ax in axes.flat for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
-    drawn.legend(names.values(), names, loc="outside lower center", ncols=len(names), fontsize=8)
-    return drawn
+        ax.tick_params(axis="x", rotation=60)
+    grid.figure.suptitle("How many times as long as jaxbn's layer? Above 1 is slower", y=1.02)
+    return grid.figure

@@ -1,69 +1,126 @@
-"""One batch-norm layer of every library that is installed, as programs with one signature.
+"""The libraries that are compared. Those of JAX give their layer as a Normalizer, so that one network runs with each.
 
-Inputs are drawn here, the same for all, features last but for torch; scale and bias are parameters, running statistics
-are updated. Forward plus backward returns y, the new statistics and the gradients of x, scale and bias.
+All have a decay of 0.99, scale and bias, float32 parameters and statistics, and put out the dtype of their input.
 """
 
 import importlib.util
-import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from flax import nnx
 
 import jaxbn
-from experiments.bench.peer_layers import FUSED, OURS, followed_by, installed
 
-EVAL, FORWARD, BOTH = "eval", "forward", "forward + backward"
+Activation = Callable[[jax.Array], jax.Array]
 
-
-class Case(NamedTuple):
-    """What is measured.
-
-    Attributes:
-      shape: of x, features last.
-      dtype: of x and y; parameters and statistics are float32.
-      mode: EVAL, FORWARD (training mode) or BOTH.
-      relu: whether relu follows.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    mode: str
-    relu: bool
-
-    @property
-    def bytes(self) -> int:
-        """Of x."""
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
-
-    def draw(self) -> tuple[np.ndarray, np.ndarray]:
-        """X, with a mean of half its standard deviation, and the cotangent of y; float32."""
-        draws = np.random.default_rng(0)
-        return 0.5 + draws.standard_normal(self.shape, np.float32), draws.standard_normal(self.shape, np.float32)
+DECAY = 0.99
 
 
-class Program(NamedTuple):
-    """A case as one library runs it.
+def linen(*, axis_name: str | None = None, exact: bool = False) -> jaxbn.Normalizer:
+    """Flax's layer, its variance the mean of squares minus the squared mean, or of squared deviations (exact)."""
+    layer = nn.BatchNorm(momentum=DECAY, axis_name=axis_name, use_fast_variance=not exact)
 
-    Attributes:
-      run: does it once, and waits.
-      temporary: bytes that the compiled program allocates while it runs; None where there is no such program.
-    """
+    def init(key, x):
+        variables = layer.clone(axis_name=None).init(key, jnp.zeros(x.shape, x.dtype), use_running_average=True)
+        return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
 
-    run: Callable[[], object]
-    temporary: int | None = None
+    def apply(variables, x, *, train):
+        y, moved = layer.apply(variables, x, use_running_average=not train, mutable=["batch_stats"])
+        return y.astype(x.dtype), moved["batch_stats"]
+
+    return jaxbn.Normalizer(init, apply)
 
 
-def programs(case: Case) -> dict[str, Program]:
-    """The case as a program of every library that is installed; our own first."""
-    relu = jax.nn.relu if case.relu else None
-    norms = {FUSED if relu else OURS: jaxbn.batch_norm(activation=relu)}
-    norms |= {name: followed_by(norm, relu) for name, norm in installed().items()}
-    built = {name: in_jax(case, norm) for name, norm in norms.items()}
-    return built | {name: in_torch(case, channels_last=last) for name, last in torch_layouts(case.shape).items()}
+def flax_nnx() -> jaxbn.Normalizer:
+    """The layer of nnx, split into what is trained and what is not."""
+
+    def layer(features):
+        return nnx.BatchNorm(features, momentum=DECAY, rngs=nnx.Rngs(0))
+
+    def init(key, x):
+        del key
+        module = layer(x.shape[-1])
+        return {"params": nnx.state(module, nnx.Param), "batch_stats": nnx.state(module, nnx.BatchStat)}
+
+    def apply(variables, x, *, train):
+        graph = nnx.graphdef(nnx.eval_shape(partial(layer, x.shape[-1])))
+        module = nnx.merge(graph, variables["params"], variables["batch_stats"], copy=True)
+        y = module(x, use_running_average=not train)
+        return y.astype(x.dtype), nnx.state(module, nnx.BatchStat)
+
+    return jaxbn.Normalizer(init, apply)
+
+
+def haiku() -> jaxbn.Normalizer:
+    """Haiku's layer, with scale and offset, as functions."""
+    import haiku as hk
+
+    layer = hk.transform_with_state(lambda x, train: hk.BatchNorm(True, True, DECAY)(x, is_training=train))
+
+    def init(key, x):
+        params, state = layer.init(key, jnp.zeros(x.shape), True)
+        return {"params": params, "batch_stats": state}
+
+    def apply(variables, x, *, train):
+        y, state = layer.apply(variables["params"], variables["batch_stats"], None, x, train)
+        return y.astype(x.dtype), state
+
+    return jaxbn.Normalizer(init, apply)
+
+
+def equinox() -> jaxbn.Normalizer:
+    """Equinox's layer, which sees one vector of features: vmapped over examples and pixels, all named."""
+    import equinox as eqx
+
+    def make(ndim, features):
+        names = tuple(f"axis{number}" for number in range(ndim - 1))
+        return eqx.nn.make_with_state(eqx.nn.BatchNorm)(features, names, mode="batch", momentum=DECAY), names
+
+    def init(key, x):
+        del key
+        (layer, state), _ = make(len(x.shape), x.shape[-1])
+        return {"params": eqx.filter(layer, eqx.is_inexact_array), "batch_stats": state}
+
+    def apply(variables, x, *, train):
+        (layer, _), names = make(x.ndim, x.shape[-1])
+        layer = eqx.combine(variables["params"], eqx.nn.inference_mode(layer, not train))
+        for name in reversed(names):
+            layer = jax.vmap(layer, axis_name=name, in_axes=(0, None), out_axes=(0, None))
+        y, state = layer(x, variables["batch_stats"])
+        return y.astype(x.dtype), state
+
+    return jaxbn.Normalizer(init, apply)
+
+
+def followed_by(norm: jaxbn.Normalizer, activation: Activation | None) -> jaxbn.Normalizer:
+    """The norm, then the activation."""
+    if activation is None:
+        return norm
+
+    def apply(variables, x, *, train):
+        y, batch_stats = norm.apply(variables, x, train=train)
+        return activation(y), batch_stats
+
+    return jaxbn.Normalizer(norm.init, apply)
+
+
+OURS, FUSED = "jaxbn", "jaxbn, fused"
+# The package that has to be installed, and the layer.
+PEERS: dict[str, tuple[str, Callable[[], jaxbn.Normalizer]]] = {
+    "flax.linen": ("flax", linen),
+    "flax.linen, exact variance": ("flax", partial(linen, exact=True)),
+    "flax.nnx": ("flax", flax_nnx),
+    "haiku": ("haiku", haiku),
+    "equinox": ("equinox", equinox),
+}
+
+
+def installed() -> dict[str, jaxbn.Normalizer]:
+    """The layer of each of the PEERS whose package is here."""
+    return {name: make() for name, (package, make) in PEERS.items() if importlib.util.find_spec(package)}
 
 
 def torch_layouts(shape: tuple[int, ...]) -> dict[str, bool]:
@@ -71,59 +128,3 @@ def torch_layouts(shape: tuple[int, ...]) -> dict[str, bool]:
     if not importlib.util.find_spec("torch"):
         return {}
     return {"torch NCHW": False} | ({"torch NHWC": True} if len(shape) == 4 else {})
-
-
-def in_jax(case: Case, norm: jaxbn.Normalizer) -> Program:
-    """A Normalizer, compiled."""
-    x, dy = (jnp.asarray(v, case.dtype) for v in case.draw())
-    variables = norm.init(jax.random.key(0), x)
-
-    def forward(params, batch_stats, x):
-        return norm.apply({"params": params, "batch_stats": batch_stats}, x, train=case.mode != EVAL)
-
-    def both(params, batch_stats, x, dy):
-        y, pull, moved = jax.vjp(lambda params, x: forward(params, batch_stats, x), params, x, has_aux=True)
-        return y, moved, pull(dy)
-
-    arguments = variables["params"], variables["batch_stats"], x
-    run = jax.jit(forward)
-    if case.mode == BOTH:
-        arguments, run = (*arguments, dy), jax.jit(both)
-    temporary = run.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
-    return Program(lambda: jax.block_until_ready(run(*arguments)), temporary)
-
-
-def in_torch(case: Case, *, channels_last: bool) -> Program:
-    """The layer of torch in eager mode, on features first or, in memory, last."""
-    import torch
-
-    layer_of = torch.nn.BatchNorm2d if len(case.shape) == 4 else torch.nn.BatchNorm1d
-    layer = layer_of(case.shape[-1], momentum=0.01).train(case.mode != EVAL)
-    order = torch.channels_last if channels_last else torch.contiguous_format
-    x, dy = (
-        torch.tensor(np.moveaxis(v, -1, 1)).to(getattr(torch, case.dtype)).contiguous(memory_format=order)
-        for v in case.draw()
-    )
-
-    def forward():
-        y = layer(x)
-        return torch.relu(y) if case.relu else y
-
-    def without_gradients():
-        with torch.no_grad():
-            return forward()
-
-    def both():
-        layer.zero_grad()
-        x.grad = None
-        forward().backward(dy)
-
-    x.requires_grad_(case.mode == BOTH)
-    return Program(both if case.mode == BOTH else without_gradients)
-
-
-def copy(case: Case) -> Program:
-    """The case's x read once and written once: what two passes over memory cost."""
-    x = jnp.asarray(case.draw()[0], case.dtype)
-    run = jax.jit(jnp.negative)
-    return Program(lambda: jax.block_until_ready(run(x)))

@@ -1,7 +1,6 @@
 """What a training step of each arm costs, measured in turns in one process."""
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -10,6 +9,7 @@ import xarray as xr
 
 from experiments.framework.experiment import Grid, Settings, Stage
 from experiments.framework.search import runs_of
+from experiments.framework.timing import interleaved
 from experiments.training import data, loop
 
 ROUNDS = 8
@@ -29,18 +29,20 @@ def step_costs(grid: Grid, settings: Settings, arms: Sequence[str], axis: str = 
 
 
 def _measured(grid: Grid, settings: Settings, arms: Sequence[str], axis: str, program: Mapping) -> xr.Dataset:
-    """A round is one interval of steps of every network of the grid; the first, which may compile, is left out."""
-    schedule, runs = (
-        loop.Schedule(settings.steps, settings.interval, grid.batch_size),
-        runs_of(grid.runs, settings.seeds),
-    )
+    """A call is one interval of steps of every network of the grid."""
+    schedule = loop.Schedule(settings.steps, settings.interval, grid.batch_size)
+    runs = runs_of(grid.runs, settings.seeds)
     stacked, arrays = loop.stacked(runs, len(runs)), loop.on_device(data.load(settings.data))
-    tasks = [grid.task(settings, **{axis: arm}, **program) for arm in arms]
-    programs = [loop.compile_grid(task, schedule, loop.runs_per_seed(runs)) for task in tasks]
-    states = [one.start(stacked, arrays) for one in programs]
-    seconds = np.empty((ROUNDS + 1, len(arms)))
-    for turn, arm in np.ndindex(seconds.shape):
-        began = time.perf_counter()
-        states[arm], _ = jax.block_until_ready(programs[arm].advance(states[arm], stacked, arrays, 0))
-        seconds[turn, arm] = (time.perf_counter() - began) / settings.interval / len(runs)
-    return xr.Dataset({"seconds": (("round", axis), seconds[1:])}, {axis: list(arms)})
+
+    def interval_of(arm: str) -> Callable[[], object]:
+        programs = loop.compile_grid(grid.task(settings, **{axis: arm}, **program), schedule, loop.runs_per_seed(runs))
+        held = {"states": programs.start(stacked, arrays)}
+
+        def interval() -> None:
+            held["states"], _ = jax.block_until_ready(programs.advance(held["states"], stacked, arrays, 0))
+
+        return interval
+
+    found = interleaved({arm: interval_of(arm) for arm in arms}, ROUNDS, round_seconds=0)
+    seconds = np.stack([found[arm] for arm in arms], axis=1) / settings.interval / len(runs)
+    return xr.Dataset({"seconds": (("round", axis), seconds)}, {axis: list(arms)})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 
+NOT_INSTALLED = "not installed"
 PACKAGES = ("jaxbn", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -17,7 +18,7 @@ def provenance() -> dict:
     return {
         "commit": commit(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: installed_version(name) for name in PACKAGES},
         "hardware": hardware(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -37,11 +38,12 @@ def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _version(package: str) -> str:
+def installed_version(package: str) -> str:
+    """The version of a package, or that it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return NOT_INSTALLED
 
 
 def hardware() -> str:

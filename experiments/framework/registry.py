@@ -29,6 +29,9 @@ BENCHMARKS: dict[str, Entry] = {
     ),
     "accuracy": Entry("experiments.bench.accuracy", "One layer against float64 on hard inputs; every library."),
     "memory": Entry("experiments.bench.memory", "What is kept for the backward pass, and under a checkpoint policy."),
+    "compile": Entry(
+        "experiments.bench.compile", "Time to lower and compile, and size, of one layer, twenty, and ResNet-50."
+    ),
     "grid": Entry("experiments.bench.grid", "Training a grid of networks: jaxbn, Flax + optax, torch."),
 }
 

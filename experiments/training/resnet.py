@@ -19,6 +19,8 @@ from jax import Array, lax
 import jaxbn
 from experiments.training.models import Network, patches3x3
 
+UnitOf = Callable[[str, Array, int, int, int], Array]  # (name, x, filters, size, stride) -> y: convolution and norm
+
 BOTTLENECKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
@@ -49,7 +51,7 @@ def small_resnet(
     if rest or blocks < 1:
         raise ValueError(f"depth={depth}; expected 6 n + 2, such as 20, 56 or 110.")
 
-    def forward(unit: Callable, x: Array) -> Array:
+    def forward(unit: UnitOf, x: Array) -> Array:
         x = jax.nn.relu(unit("stem", x, width, 3, 1))
         for stage in range(3):
             for block in range(blocks):
@@ -80,7 +82,7 @@ def resnet(
     if depth not in BOTTLENECKS:
         raise ValueError(f"depth={depth}; expected one of {sorted(BOTTLENECKS)}.")
 
-    def forward(unit: Callable, x: Array) -> Array:
+    def forward(unit: UnitOf, x: Array) -> Array:
         x = jax.nn.relu(unit("stem", x, width, 7, 2))
         x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
         for stage, blocks in enumerate(BOTTLENECKS[depth]):
@@ -92,7 +94,7 @@ def resnet(
     return _network(forward, norm, classes, dtype, xla_convolve)
 
 
-def _basic(unit, name, x, filters, stride, residual):
+def _basic(unit: UnitOf, name: str, x: Array, filters: int, stride: int, residual: bool) -> Array:
     y = jax.nn.relu(unit(f"{name}/conv1", x, filters, 3, stride))
     y = unit(f"{name}/conv2", y, filters, 3, 1)
     if not residual:
@@ -102,7 +104,7 @@ def _basic(unit, name, x, filters, stride, residual):
     return jax.nn.relu(y + shortcut)
 
 
-def _bottleneck(unit, name, x, filters, stride):
+def _bottleneck(unit: UnitOf, name: str, x: Array, filters: int, stride: int) -> Array:
     y = jax.nn.relu(unit(f"{name}/conv1", x, filters, 1, 1))
     y = jax.nn.relu(unit(f"{name}/conv2", y, filters, 3, stride))
     y = unit(f"{name}/conv3", y, 4 * filters, 1, 1)
@@ -118,13 +120,19 @@ class _Unit(NamedTuple):
     output: jax.ShapeDtypeStruct
 
 
-def _network(forward: Callable, norm: jaxbn.Normalizer, classes: int, dtype, convolve: Callable) -> Network:
+def _network(
+    forward: Callable[[UnitOf, Array], Array],
+    norm: jaxbn.Normalizer,
+    classes: int,
+    dtype: jax.typing.DTypeLike,
+    convolve: Callable[[Array, Array, int], Array],
+) -> Network:
     """`forward(unit, x)`, global average pooling and a dense layer; unit(name, x, filters, size, stride) -> y."""
 
-    def shapes(x) -> tuple[dict[str, _Unit], int]:
+    def shapes(x: Array) -> tuple[dict[str, _Unit], int]:
         units = {}
 
-        def note(name, x, filters, size, stride):
+        def note(name: str, x: Array, filters: int, size: int, stride: int) -> Array:
             kernel = (size, size, x.shape[-1], filters)
             y = convolve(x, jnp.zeros(kernel, x.dtype), stride)
             units[name] = _Unit(kernel, jax.ShapeDtypeStruct(y.shape, y.dtype))
@@ -151,7 +159,7 @@ def _network(forward: Callable, norm: jaxbn.Normalizer, classes: int, dtype, con
     def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, dict]:
         params, batch_stats, moved = variables["params"], variables["batch_stats"], {}
 
-        def unit(name, x, filters, size, stride):
+        def unit(name: str, x: Array, filters: int, size: int, stride: int) -> Array:
             y = convolve(x, params[name]["kernel"].astype(dtype), stride)
             of_norm = {"params": params[name]["norm"], "batch_stats": batch_stats[name]}
             y, moved[name] = norm.apply(of_norm, y, train=train)

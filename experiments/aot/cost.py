@@ -1,0 +1,40 @@
+"""What one device does in one run of a compiled program, read from the program."""
+
+from typing import NamedTuple
+
+import jax
+
+from experiments.aot.collectives import collectives
+from experiments.aot.hlo import temporary_bytes, text_of
+from experiments.aot.hlo_bytes import traffic
+
+
+class Cost(NamedTuple):
+    """What one device does in one run, from the compiled program.
+
+    Attributes:
+      all_reduces: on the path that normally runs.
+      rare: all-reduces in loops that run where statistics are badly conditioned.
+      payload: bytes of the results of `all_reduces`, parameters' gradients included.
+      moved: bytes read from and written to main memory on that path.
+      moved_rarely: bytes that one round of each of those loops adds.
+      on_chip: bytes read and written beside the cores, where a TPU's compiler keeps what fits.
+      temporary: bytes of buffers that live during the run only.
+    """
+
+    all_reduces: int
+    rare: int
+    payload: int
+    moved: int
+    moved_rarely: int
+    on_chip: int
+    temporary: int
+
+
+def cost_of(compiled: jax.stages.Compiled) -> Cost:
+    """Read the cost of a compiled program."""
+    text = text_of(compiled)
+    sent = [c for c in collectives(text) if c.kind == "all-reduce"]
+    normal = [c for c in sent if not c.rare]
+    temporary = temporary_bytes(compiled)
+    return Cost(len(normal), len(sent) - len(normal), sum(c.bytes for c in normal), *traffic(text), temporary)
