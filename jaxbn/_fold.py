@@ -213,7 +213,9 @@ def unfold_variables(
     layers = find_layers(variables.get("batch_stats", {}))
     sources = {path: (s["mean"], s["var"]) for path, s in layers.items()}
     if moments is not None:
-        sources = {path: (m.mean, m.var) for path, m in moments.items()}
+        # Mean-only batch norm is measured too, but has no scale to insert it with.
+        mean_only = find_layers(variables.get("batch_stats", {}), ("mean",)).keys() - layers.keys()
+        sources = {path: (m.mean, m.var) for path, m in moments.items() if path not in mean_only}
     flat = {name: flat_names(tree) for name, tree in variables.items()}
     for path in sources if paths is None else paths:
         if path not in layers or path not in sources:

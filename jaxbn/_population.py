@@ -1,7 +1,7 @@
 """Exact statistics of a whole data set for a trained network: precise batch norm (Wu and Johnson 2021, section 3)."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,14 @@ def population_statistics(
 
     Batches are pooled by the number of values that each feature saw, so that they may be of unequal size and masked,
     and the sums are float64: what remains is the rounding within a batch. Layers used more than once in a forward pass
-    pool all their uses. A layer or feature that saw nothing keeps its statistics.
+    pool all their uses. A layer or feature that saw nothing keeps its statistics, and a network without running
+    statistics (layer, group, RMS norm) has none to measure: they come back as they are.
 
     All at once (the default) is one pass over the data in which every layer normalizes by its batch, as in training:
     deeper layers are measured on inputs that carry the noise of small batches below them. With layer_by_layer every
     layer is measured on what it gets at test time, its lower layers normalized by the population. The result then does
-    not depend on how the data is cut into batches. It costs one pass more than the longest chain of
-    normalizations: each pass measures all layers, those settled below which all are settled are right, and the last
+    not depend on how the data is cut into batches. It takes one pass more than the longest chain of normalizations.
+    Each pass measures all layers; a layer's statistics are exact once those of all layers below it are, and the last
     pass sees that nothing changes. A layer that feeds itself (one set of statistics used twice in a chain) settles
     geometrically, to within `tolerance`.
 
@@ -44,9 +45,10 @@ def population_statistics(
 
     Args:
       apply: apply(variables, batch) -> moved batch_stats, the network in training mode; jit it for speed. In linen:
-        `lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[1]["batch_stats"]`. Its layers are
+        `lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"])[1].get("batch_stats", {})`. Its layers are
         jaxbn's normalizers and modules, or made `recordable`.
-      variables: {"params", "batch_stats", ...}; params as trained, or averaged over steps (EMA, SWA).
+      variables: {"params", "batch_stats", ...}; params as trained, or averaged over steps (EMA, SWA). Without
+        "batch_stats" the network has none.
       batches: what `apply` takes, one after the other; with layer_by_layer something that can be iterated again.
       layer_by_layer: see above.
       unbiased: multiply the variance by n / (n - 1), n the count.
@@ -55,26 +57,27 @@ def population_statistics(
 
     Returns:
       batch_stats of the same structure, shapes and dtypes. Variances are biased unless told otherwise; "weight", where
-      there is one, is 1.
+      there is one, is 1; the "length" of `recurrent_batch_norm` is that of the longest sequence seen.
 
     Raises:
-      TypeError: a layer does not record: it is neither jaxbn's nor made `recordable`.
-      ValueError: no layers, no batches, statistics that are not finite, nothing recorded (apply not in training mode),
+      TypeError: a layer does not record: it is neither jaxbn's nor made `recordable`, or it is one whose statistics are
+        not moments of its input, as those of `whitening_norm` and `virtual_batch_norm`.
+      ValueError: no batches, statistics that are not finite, nothing recorded (apply not in training mode),
         batches that can be read only once, or layers that do not settle within max_passes.
     """
+    if not _measurable(variables):
+        return variables.get("batch_stats", {})
     if not layer_by_layer:
-        pooled = _sweep(apply, variables, batches, by_running=False)
-        return _with_statistics(variables["batch_stats"], pooled, unbiased)
+        return _with_statistics(variables["batch_stats"], _sweep(apply, variables, batches, by_running=False), unbiased)
     if iter(batches) is batches:
         raise ValueError(
             "batches is an iterator, which ends after one pass; layer_by_layer takes several: pass a list, or an"
             " object whose __iter__ starts anew."
         )
     for _ in range(max_passes):
-        old = variables["batch_stats"]
-        pooled = _sweep(apply, variables, batches, by_running=True)
+        old, pooled = variables["batch_stats"], _sweep(apply, variables, batches, by_running=True)
         variables = {**variables, "batch_stats": _with_statistics(old, pooled, unbiased)}
-        if _settled(find_layers(old), find_layers(variables["batch_stats"]), tolerance):
+        if _settled(_layers(old), _layers(variables["batch_stats"]), pooled, tolerance):
             return variables["batch_stats"]
     raise ValueError(
         f"statistics still change by more than {tolerance} of their size after {max_passes} passes; raise max_passes"
@@ -93,20 +96,36 @@ def input_moments(apply: Apply, variables: dict, batches: Iterable) -> dict[str,
     Returns:
       {path: Moments} of float64 numpy arrays, [features]; paths as in `find_layers`: "" for a single normalizer.
     """
-    return _sweep(apply, variables, batches, by_running=True)
+    if not _measurable(variables):
+        return {}
+    measured = _sweep(apply, variables, batches, by_running=True)
+    return {path: layer.moments for path, layer in measured.items()}
 
 
-def _sweep(apply, variables, batches, *, by_running) -> dict[str, Moments]:
-    layers = find_layers(variables["batch_stats"])
-    if not layers:
-        raise ValueError("batch_stats holds no layer with 'mean' and 'var'; there is nothing to measure.")
+class _Measured(NamedTuple):
+    """What a layer recorded: moments in float64, and what it counts besides, such as the "length" of a sequence."""
+
+    moments: Moments
+    counts: dict[str, np.ndarray]
+
+
+def _layers(batch_stats) -> Layers:
+    return find_layers(batch_stats, ("mean",))
+
+
+def _measurable(variables) -> bool:
+    return bool(_layers(variables.get("batch_stats", {})))
+
+
+def _sweep(apply, variables, batches, *, by_running) -> dict[str, _Measured]:
+    layers = _layers(variables["batch_stats"])
     records = {path: start_record(stats, by_running=by_running) for path, stats in layers.items()}
     started = {**variables, "batch_stats": replace_layers(variables["batch_stats"], records)}
-    pooled = {}
+    pooled: dict[str, _Measured] = {}
     for moved in _one_behind(_applied(apply, started, variables, batch) for batch in batches):
-        batch = _read(records, find_layers(moved))
+        batch = _read(records, _layers(moved))
         pooled = {path: _merge(pooled[path], batch[path]) for path in batch} if pooled else batch
-    _check(pooled)
+    _check({path: layer.moments for path, layer in pooled.items()})
     return pooled
 
 
@@ -118,8 +137,8 @@ def _applied(apply, started, variables, batch):
         apply(variables, batch)
         raise TypeError(
             "a layer did not record: the network takes its batch_stats, but no records in their place. Every layer that"
-            " keeps a mean and a variance has to be a normalizer or a module of jaxbn, or made jaxbn.recordable. It"
-            f" said: {error}"
+            " keeps a mean has to be a normalizer or a module of jaxbn that records, or made jaxbn.recordable. The"
+            f" network said: {error}"
         ) from error
 
 
@@ -133,8 +152,8 @@ def _one_behind(results: Iterator) -> Iterator:
     yield from waiting
 
 
-def _read(records: Layers, moved: Layers) -> dict[str, Moments]:
-    """What one batch recorded, in float64."""
+def _read(records: Layers, moved: Layers) -> dict[str, _Measured]:
+    """What one batch recorded."""
     read = {}
     for path, record in records.items():
         measured = recorded_moments(record, moved.get(path, {}))
@@ -145,13 +164,20 @@ def _read(records: Layers, moved: Layers) -> dict[str, Moments]:
                 " and apply has to return the moved batch_stats alone, in linen apply(...,"
                 " mutable=['batch_stats'])[1]['batch_stats']."
             )
-        arrays = (np.asarray(v) for v in measured)
-        count, mean, remainder, var = (v.astype(np.result_type(v, np.float64)) for v in arrays)
-        read[path] = Moments(count, mean + remainder, var)
+        wide: list[Any] = [np.asarray(v).astype(np.result_type(v.dtype, np.float64)) for v in measured]
+        count, mean, remainder, var = wide
+        counts = {n: np.asarray(v.moved) for n, v in moved[path].items() if np.issubdtype(v.dtype, np.integer)}
+        read[path] = _Measured(Moments(count, mean + remainder, var), counts)
     return read
 
 
-def _merge(a: Moments, b: Moments) -> Moments:
+def _merge(a: _Measured, b: _Measured) -> _Measured:
+    """Moments pooled; of what is counted the larger, since counts only grow."""
+    counts = {name: np.maximum(a.counts[name], b.counts[name]) for name in a.counts}
+    return _Measured(_merge_moments(a.moments, b.moments), counts)
+
+
+def _merge_moments(a: Moments, b: Moments) -> Moments:
     """`merge_moments` in numpy's float64."""
     count = a.count + b.count
     share = b.count / np.where(count == 0, 1, count)
@@ -173,16 +199,17 @@ def _check(pooled: dict[str, Moments]):
             raise ValueError(f"the input of layer {path!r} has a mean or variance that is not finite on this data.")
 
 
-def _with_statistics(batch_stats, pooled: dict[str, Moments], unbiased):
+def _with_statistics(batch_stats, pooled: dict[str, _Measured], unbiased):
     """batch_stats with the pooled mean and variance, and the old ones for what saw nothing."""
-    layers = find_layers(batch_stats)
+    layers = _layers(batch_stats)
     moved = {}
-    for path, (count, mean, var) in pooled.items():
+    for path, ((count, mean, var), counts) in pooled.items():
         if unbiased:
             var = var * np.where(count > 1, count / np.where(count > 1, count - 1, 1), 1)
         new = {"mean": mean, "var": var, "weight": np.ones_like(var)}
         names = [name for name in new if name in layers[path]]
         moved[path] = {name: _in_place_of(layers[path][name], new[name], count > 0) for name in names}
+        moved[path] |= {name: _in_place_of(layers[path][name], value, True) for name, value in counts.items()}
     return replace_layers(batch_stats, moved)
 
 
@@ -195,11 +222,12 @@ def _in_place_of(old, new, seen):
     return jax.make_array_from_callback(value.shape, old.sharding, lambda index: value[index])
 
 
-def _settled(old: Layers, new: Layers, tolerance) -> bool:
+def _settled(old: Layers, new: Layers, pooled: dict[str, _Measured], tolerance) -> bool:
     for path, stats in new.items():
-        mean, var = np.asarray(stats["mean"]), np.asarray(stats["var"])
-        close_mean = np.abs(mean - np.asarray(old[path]["mean"])) <= tolerance * (np.abs(mean) + np.sqrt(var))
-        close_var = np.abs(var - np.asarray(old[path]["var"])) <= tolerance * var
-        if not (np.all(close_mean) and np.all(close_var)):
-            return False
+        mean, var = np.asarray(stats["mean"]), pooled[path].moments.var
+        size = {"mean": np.abs(mean) + np.sqrt(var), "var": var}
+        for name in size.keys() & stats.keys():
+            change = np.abs(np.asarray(stats[name]) - np.asarray(old[path][name]))
+            if not np.all(change <= tolerance * size[name]):
+                return False
     return True

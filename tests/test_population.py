@@ -376,9 +376,14 @@ def test_no_batches_are_refused():
         population_statistics(one_layer, one_layer_variables(), [])
 
 
-def test_no_layers_are_refused():
-    with pytest.raises(ValueError, match="no layer"):
-        population_statistics(lambda v, x: {}, {"params": {}, "batch_stats": {}}, [normal(4, 3)])
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+@pytest.mark.parametrize(
+    "variables", [{"params": {}}, {"params": {}, "batch_stats": {}}, {"batch_stats": {"other": 3.0}}]
+)
+def test_a_network_without_running_statistics_gets_them_back_as_they_are(variables, layer_by_layer):
+    stats = population_statistics(lambda v, x: {}, variables, [normal(4, 3)], layer_by_layer=layer_by_layer)
+    assert stats == variables.get("batch_stats", {})
+    assert input_moments(lambda v, x: {}, variables, [normal(4, 3)]) == {}
 
 
 def test_data_that_is_not_finite_is_refused_by_the_name_of_the_layer():

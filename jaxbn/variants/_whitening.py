@@ -21,7 +21,10 @@ from jaxbn._recording import unrecordable
 from jaxbn._running import accepts, moved_where, over_all_groups
 from jaxbn.variants._inverse_root import inverse_square_root
 
-_NO_RECORD = "whitening_norm does not pool its covariances over microbatches: build the train step with pool=False."
+_NO_RECORD = (
+    "whitening_norm does not record covariances: there are no population statistics of it, and a train step with"
+    " microbatches has to be built with pool=False."
+)
 
 
 @normalizer_factory
