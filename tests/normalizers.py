@@ -21,7 +21,8 @@ class Case(NamedTuple):
     """One normalizer, and what has to be known to call it.
 
     Attributes:
-      build: build(axis_name) -> Normalizer; axis_name is None or the name over which the batch is sharded.
+      build: build(axis_name, **options) -> Normalizer; axis_name is None or the name over which the batch is sharded,
+        options are further hyperparameters.
       arguments: further arguments of apply. Arrays that are not scalars have one entry an example.
       splits: whether shards that share statistics make up the whole batch.
       differentiates: whether the gradient is that of the function; False where one is held back by design.
@@ -35,11 +36,15 @@ class Case(NamedTuple):
 
 def _alone(build, **options):
     """One whose statistics are each example's own: a sharded batch needs no axis name."""
-    return Case(lambda axis_name: build(**options))
+    return Case(lambda axis_name, **more: build(**options | more))
 
 
 def _shared(build, **options):
-    return lambda axis_name: build(axis_name=axis_name, **options)
+    return lambda axis_name, **more: build(axis_name=axis_name, **options | more)
+
+
+def _around(wrap):
+    return lambda axis_name, **more: wrap(jaxbn.batch_norm(axis_name=axis_name, **more))
 
 
 CLASSES = np.array([0, 2, 1, 0, 2, 2, 1, 0], np.int32)
@@ -78,8 +83,8 @@ CASES: dict[str, Case] = {
     "group_norm": _alone(variants.group_norm, num_groups=2, **_SMOOTH),
     "rms_norm": _alone(variants.rms_norm),
     "filter_response_norm": _alone(variants.filter_response_norm, learn_epsilon=True),
-    "noisy": Case(lambda axis_name: variants.noisy(jaxbn.batch_norm(axis_name=axis_name)), {"rng": KEY}, splits=False),
-    "frozen": Case(lambda axis_name: variants.frozen(jaxbn.batch_norm(axis_name=axis_name))),
+    "noisy": Case(_around(variants.noisy), {"rng": KEY}, splits=False),
+    "frozen": Case(_around(variants.frozen)),
 }
 
 
