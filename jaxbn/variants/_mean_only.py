@@ -89,7 +89,7 @@ def mean_only_batch_norm(
         check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
         weights = combined_weights(x, where, weights)
         rows = measure_groups(x, weights, None, axes, axis_group)
-        c = silenced(centered(x, axis_group.own(rows), axes), weights)
+        c = silenced(centered(x, axis_group.select_group(rows), axes), weights)
         return finish(c, bias, residual, x), over_all_groups(lax.stop_gradient(rows), axis_group)
 
     def _update(batch_stats, moments):

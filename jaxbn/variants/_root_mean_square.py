@@ -14,7 +14,7 @@ from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._checks import checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import canonical_axes, size_of
-from jaxbn._normalize import STATISTICS
+from jaxbn._measure import STATISTICS
 from jaxbn._normalizer import Normalizer
 from jaxbn._padding import silenced
 from jaxbn.variants._each_example import each_example_norm
@@ -100,7 +100,7 @@ def _root_mean_square_jvp(axes, axis_group, primals, tangents):
     inverse, share = checkpoint_name(_inverse_root(x, epsilon, weights, axes, axis_group), STATISTICS)
     y = at_least_float32(x) * inverse
     du = at_least_float32(dx) * inverse
-    total = axis_group.total(weighted_sum(inner(y, du), weights, axes))
+    total = axis_group.psum(weighted_sum(inner(y, du), weights, axes))
     mean = jnp.expand_dims(total, axes) * share + 0.5 * depsilon * inverse**2
     return y, du - y * mean
 
@@ -110,9 +110,9 @@ def _inverse_root(x, epsilon, weights, axes, axis_group):
     small = at_least_float32(x) * _ROOM
     squares = weighted_sum(inner(small, small), weights, axes)
     if weights is None:
-        total, count = axis_group.total(squares), jnp.asarray(size_of(x.shape, axes) * axis_group.size(), squares.dtype)
+        total, count = axis_group.psum(squares), jnp.asarray(size_of(x.shape, axes) * axis_group.size(), squares.dtype)
     else:
-        total, count = axis_group.total((squares, jnp.sum(jnp.broadcast_to(weights, x.shape), axes)))
+        total, count = axis_group.psum((squares, jnp.sum(jnp.broadcast_to(weights, x.shape), axes)))
     share = safe_divide(jnp.ones_like(count), count)
     total, share = (jnp.expand_dims(jnp.broadcast_to(v, total.shape), axes) for v in (total, share))
     return lax.rsqrt(total * share + epsilon * _ROOM**2) * _ROOM, share

@@ -13,8 +13,7 @@ from jaxbn._axis_group import axis_group_of
 from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
-from jaxbn._measure import centered, measure_groups
-from jaxbn._normalize import STATISTICS
+from jaxbn._measure import STATISTICS, centered, measure_groups
 from jaxbn._normalizer import Normalizer
 from jaxbn._padding import silenced
 from jaxbn._recording import unrecordable
@@ -107,9 +106,9 @@ def whitening_norm(
             axes = reduced_axes(x.ndim, feature_axis)
             check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
             rows = measure_groups(x, weights, None, axes, axis_group)
-            c = silenced(centered(x, axis_group.own(rows), axes), weights)
+            c = silenced(centered(x, axis_group.select_group(rows), axes), weights)
             covariances = _covariances(c, weights, rows.count)
-            whitening = _inverse_root(axis_group.own(covariances))
+            whitening = _inverse_root(axis_group.select_group(covariances))
             batch_stats = _moved(batch_stats, rows, covariances, whitening)
         else:
             kept = lax.stop_gradient(batch_stats)
@@ -136,10 +135,10 @@ def whitening_norm(
     def _covariances(c, weights, counts):
         """Weighted mean of c c^T over values and shards: [d, d] for each group of features, zeros where nothing counts.
 
-        With groups of shards as `AxisGroup.total` gives it.
+        With groups of shards as `AxisGroup.psum` gives it.
         """
         rows = _rows(c)
-        share = safe_divide(jnp.ones((), rows.dtype), jnp.max(axis_group.own(counts)))
+        share = safe_divide(jnp.ones((), rows.dtype), jnp.max(axis_group.select_group(counts)))
         if weights is None:
             # Each factor takes its root of the share, so that the sum of squares has room in float32.
             rows = rows * jnp.sqrt(share)
@@ -157,7 +156,7 @@ def whitening_norm(
 
     def _total(products):
         # By this name the policies of `jax.checkpoint` keep it, and the backward pass needs no collective for it.
-        return checkpoint_name(axis_group.total(products), STATISTICS)
+        return checkpoint_name(axis_group.psum(products), STATISTICS)
 
     def _pooled_covariance(rows, measured, covariances):
         """Covariance of all values: those within the groups of shards, and that of the groups' means."""
