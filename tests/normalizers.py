@@ -25,18 +25,20 @@ class Case(NamedTuple):
         options are further hyperparameters.
       arguments: further arguments of apply. Arrays that are not scalars have one entry an example.
       splits: whether shards that share statistics make up the whole batch.
+      takes_groups: whether `axis_index_groups` is among its options.
       differentiates: whether the gradient is that of the function; False where one is held back by design.
     """
 
     build: Callable[[Any], jaxbn.Normalizer]
     arguments: Mapping[str, Any] = {}
     splits: bool = True
+    takes_groups: bool = True
     differentiates: bool = True
 
 
 def _alone(build, **options):
     """One whose statistics are each example's own: a sharded batch needs no axis name."""
-    return Case(lambda axis_name, **more: build(**options | more))
+    return Case(lambda axis_name, **more: build(**options | more), takes_groups=False)
 
 
 def _shared(build, **options):
@@ -58,10 +60,12 @@ CASES: dict[str, Case] = {
     "batch_norm, cumulative": Case(_shared(jaxbn.batch_norm, decay=None, use_scale=False)),
     "batch_norm, other axis": Case(_shared(jaxbn.batch_norm, feature_axis=1, unbiased=True, use_bias=False)),
     "identity": _alone(jaxbn.identity),
-    "ghost_batch_norm": Case(_shared(variants.ghost_batch_norm, group_size=2)),
+    "ghost_batch_norm": Case(_shared(variants.ghost_batch_norm, group_size=2), takes_groups=False),
     "batch_renorm": Case(_shared(variants.batch_renorm, r_max=1.1, d_max=0.2), differentiates=False),
     "batch_renorm, the paper's limits": Case(_shared(variants.batch_renorm, decay=None, **_SMOOTH)),
-    "virtual_batch_norm": Case(_shared(variants.virtual_batch_norm, reference_size=3), splits=False),
+    "virtual_batch_norm": Case(
+        _shared(variants.virtual_batch_norm, reference_size=3), splits=False, takes_groups=False
+    ),
     "whitening_norm": Case(_shared(variants.whitening_norm, group_size=2)),
     "whitening_norm, Newton": Case(_shared(variants.whitening_norm, inverse_root=variants.newton_inverse_square_root)),
     "conditional_batch_norm, classes": Case(
