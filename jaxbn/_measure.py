@@ -6,12 +6,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._arithmetic import at_least_float32, inner, safe_divide, squared, weighted_sum
 from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._cpu import Rows, as_they_are, long_rows, on_cpu, unfused
 from jaxbn._inputs import canonical_axes, combined_weights, inexact, size_of
 from jaxbn._moments import Measured, Moments, from_sums, measured_until_kept, unit_of
+
+# By this name the policies of a `jax.checkpoint` know the statistics that derivative rules keep.
+STATISTICS = "jaxbn_statistics"
 
 
 def moments(
@@ -153,7 +157,7 @@ def _peak_unit(x, shift, weights, axes, axis_group):
 @measure_groups.defjvp
 def _measure_jvp(axes, axis_group, primals, tangents):
     x, weights, guess = primals
-    measured = measure_groups(x, weights, guess, axes, axis_group)
+    measured = checkpoint_name(measure_groups(x, weights, guess, axes, axis_group), STATISTICS)
     dmean, half_dvar = _mean_tangents(x, weights, measured, tangents[0], axes, axis_group)
     zero_count, zero_remainder = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
     return measured, Measured(zero_count, dmean, zero_remainder, 2 * half_dvar)

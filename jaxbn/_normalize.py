@@ -15,11 +15,10 @@ from jaxbn._axis_group import AxisGroup, axis_group_of, varying_axes
 from jaxbn._checks import check_features, check_residual, checked_epsilon
 from jaxbn._cpu import Rows, as_they_are, long_rows, on_cpu, unfused
 from jaxbn._inputs import canonical_axes, combined_weights, inexact
-from jaxbn._measure import measure_groups, tangent_means
+from jaxbn._measure import STATISTICS, measure_groups, tangent_means
 from jaxbn._moments import Measured, Moments
 
-# By these names the policies of a `jax.checkpoint` know what the derivative rule keeps: vectors, and the input.
-STATISTICS = "jaxbn_statistics"
+# By this name, and `STATISTICS`, the policies of a `jax.checkpoint` know what the derivative rule keeps.
 INPUT = "jaxbn_input"
 
 

@@ -4,9 +4,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._factory import Made, normalizer_factory
+from jaxbn._inputs import combined_weights
+from jaxbn._padding import silenced
 
 Variables = dict[str, Any]
 
@@ -94,7 +97,10 @@ def identity(*, activation: Callable[[jax.Array], jax.Array] | None = None) -> N
         return {"params": {}, "batch_stats": {}}
 
     def apply(variables, x, *, train, where=None, weights=None, rng=None, residual=None):
-        del train, where, weights, rng
+        del train, rng
+        if where is not None or weights is not None:
+            counts = combined_weights(jnp.asarray(x), where, weights)
+            x, residual = silenced(x, counts), silenced(residual, counts)
         y = x if residual is None else x + residual
         y = y if activation is None else activation(y)
         return y, variables["batch_stats"]

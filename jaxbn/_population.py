@@ -133,7 +133,7 @@ def _applied(apply, started, variables, batch):
     """The network with records; TypeError where it takes its plain statistics only."""
     try:
         return apply(started, batch)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, TypeError) as error:
         apply(variables, batch)
         raise TypeError(
             "a layer did not record: the network takes its batch_stats, but no records in their place. Every layer that"

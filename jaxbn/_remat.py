@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxbn._normalize import STATISTICS
+from jaxbn._measure import STATISTICS
 
 _products = jax.checkpoint_policies.dots_saveable
 _statistics = jax.checkpoint_policies.save_only_these_names(STATISTICS)

@@ -111,7 +111,7 @@ def over_all_groups(rows: Measured, axis_group: AxisGroup) -> Measured:
     """Moments of all groups of shards pooled, for running statistics that are the same on every shard.
 
     Args:
-      rows: as `AxisGroup.total` gives them: with groups [groups, features].
+      rows: as `AxisGroup.psum` gives them: with groups [groups, features].
       axis_group: the groups.
     """
     return rows if axis_group.groups is None else pool_moments(rows, 0)

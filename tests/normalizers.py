@@ -21,25 +21,32 @@ class Case(NamedTuple):
     """One normalizer, and what has to be known to call it.
 
     Attributes:
-      build: build(axis_name) -> Normalizer; axis_name is None or the name over which the batch is sharded.
+      build: build(axis_name, **options) -> Normalizer; axis_name is None or the name over which the batch is sharded,
+        options are further hyperparameters.
       arguments: further arguments of apply. Arrays that are not scalars have one entry an example.
       splits: whether shards that share statistics make up the whole batch.
+      takes_groups: whether `axis_index_groups` is among its options.
       differentiates: whether the gradient is that of the function; False where one is held back by design.
     """
 
     build: Callable[[Any], jaxbn.Normalizer]
     arguments: Mapping[str, Any] = {}
     splits: bool = True
+    takes_groups: bool = True
     differentiates: bool = True
 
 
 def _alone(build, **options):
     """One whose statistics are each example's own: a sharded batch needs no axis name."""
-    return Case(lambda axis_name: build(**options))
+    return Case(lambda axis_name, **more: build(**options | more), takes_groups=False)
 
 
 def _shared(build, **options):
-    return lambda axis_name: build(axis_name=axis_name, **options)
+    return lambda axis_name, **more: build(axis_name=axis_name, **options | more)
+
+
+def _around(wrap):
+    return lambda axis_name, **more: wrap(jaxbn.batch_norm(axis_name=axis_name, **more))
 
 
 CLASSES = np.array([0, 2, 1, 0, 2, 2, 1, 0], np.int32)
@@ -53,10 +60,12 @@ CASES: dict[str, Case] = {
     "batch_norm, cumulative": Case(_shared(jaxbn.batch_norm, decay=None, use_scale=False)),
     "batch_norm, other axis": Case(_shared(jaxbn.batch_norm, feature_axis=1, unbiased=True, use_bias=False)),
     "identity": _alone(jaxbn.identity),
-    "ghost_batch_norm": Case(_shared(variants.ghost_batch_norm, group_size=2)),
+    "ghost_batch_norm": Case(_shared(variants.ghost_batch_norm, group_size=2), takes_groups=False),
     "batch_renorm": Case(_shared(variants.batch_renorm, r_max=1.1, d_max=0.2), differentiates=False),
     "batch_renorm, the paper's limits": Case(_shared(variants.batch_renorm, decay=None, **_SMOOTH)),
-    "virtual_batch_norm": Case(_shared(variants.virtual_batch_norm, reference_size=3), splits=False),
+    "virtual_batch_norm": Case(
+        _shared(variants.virtual_batch_norm, reference_size=3), splits=False, takes_groups=False
+    ),
     "whitening_norm": Case(_shared(variants.whitening_norm, group_size=2)),
     "whitening_norm, Newton": Case(_shared(variants.whitening_norm, inverse_root=variants.newton_inverse_square_root)),
     "conditional_batch_norm, classes": Case(
@@ -78,8 +87,8 @@ CASES: dict[str, Case] = {
     "group_norm": _alone(variants.group_norm, num_groups=2, **_SMOOTH),
     "rms_norm": _alone(variants.rms_norm),
     "filter_response_norm": _alone(variants.filter_response_norm, learn_epsilon=True),
-    "noisy": Case(lambda axis_name: variants.noisy(jaxbn.batch_norm(axis_name=axis_name)), {"rng": KEY}, splits=False),
-    "frozen": Case(lambda axis_name: variants.frozen(jaxbn.batch_norm(axis_name=axis_name))),
+    "noisy": Case(_around(variants.noisy), {"rng": KEY}, splits=False),
+    "frozen": Case(_around(variants.frozen)),
 }
 
 

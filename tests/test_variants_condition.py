@@ -184,3 +184,51 @@ def test_batch_shorter_than_its_reference_is_refused():
     norm = variants.virtual_batch_norm(9)
     with pytest.raises(ValueError, match="first 9 examples"):
         norm.apply(norm.init(KEY, X), X, train=True)
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 100])
+def test_classes_out_of_range_are_nan_and_the_others_are_as_ever(bad):
+    norm = variants.conditional_batch_norm(3)
+    variables = in_training(norm, X)
+    y, _ = train(norm, variables, X, condition=jnp.asarray(CLASSES).at[2].set(bad))
+    expected, _ = train(norm, variables, X, condition=CLASSES)
+    assert np.all(np.isnan(y[2]))
+    np.testing.assert_array_equal(np.delete(y, 2, 0), np.delete(expected, 2, 0))
+
+
+@pytest.mark.parametrize("bad", [-1, 2, 100])
+def test_domains_out_of_range_are_nan_and_count_nowhere(bad):
+    norm = variants.split_batch_norm(2)
+    variables = in_training(norm, X)
+    y, moved = train(norm, variables, X, domain=jnp.asarray(DOMAINS).at[2].set(bad))
+    without = (np.arange(8) != 2)[:, None, None]
+    expected, stats = train(norm, variables, X, domain=DOMAINS, where=without)
+    assert np.all(np.isnan(y[2]))
+    np.testing.assert_array_equal(np.delete(y, 2, 0), np.delete(expected, 2, 0))
+    jax.tree.map(np.testing.assert_array_equal, moved, stats)
+
+
+@pytest.mark.parametrize("share_affine", [False, True])
+@pytest.mark.parametrize("bad", [-1, 2, 100])
+def test_a_traced_domain_out_of_range_gives_nan_and_moves_nothing(bad, share_affine):
+    norm = variants.split_batch_norm(2, share_affine=share_affine)
+    variables = in_training(norm, X)
+    for mode in (True, False):
+        y, moved = jax.jit(lambda d, mode=mode: norm.apply(variables, X, train=mode, domain=d))(bad)
+        assert np.all(np.isnan(y))
+        jax.tree.map(np.testing.assert_array_equal, moved, variables["batch_stats"])
+
+
+@pytest.mark.parametrize("bad", [-1, 2, np.int32(2), np.asarray(2), np.array([0, 1, 0, 1, 0, 1, 0, 2])])
+def test_a_known_domain_out_of_range_is_refused(bad):
+    norm = variants.split_batch_norm(2)
+    with pytest.raises(ValueError, match="expected 0 to 1"):
+        norm.apply(norm.init(KEY, X), X, train=False, domain=bad)
+
+
+@pytest.mark.parametrize("share_affine", [False, True])
+@pytest.mark.parametrize("made_for", [2, 5])
+def test_variables_of_another_number_of_domains_are_refused(made_for, share_affine):
+    made = variants.split_batch_norm(made_for, share_affine=share_affine).init(KEY, X)
+    with pytest.raises(ValueError, match=r"num_domains=3 wants 3 rows"):
+        variants.split_batch_norm(3, share_affine=share_affine).apply(made, X, train=True, domain=0)

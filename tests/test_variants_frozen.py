@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from normalizers import KEY, draw, in_training
 
 import jaxbn
@@ -87,3 +88,31 @@ def test_chosen_statistics_of_a_network_are_kept():
     kept = variants.keep_at(variables["batch_stats"], moved["batch_stats"], "stem")
     np.testing.assert_array_equal(kept["stem"]["mean"], np.zeros(4))
     np.testing.assert_array_equal(kept["head"]["var"], moved["batch_stats"]["head"]["var"])
+
+
+def boxed(tree):
+    return jax.tree.map(lambda v: nn.Partitioned(v, names=(None,) * v.ndim), tree)
+
+
+@pytest.mark.parametrize("make", [boxed, nnx.State, lambda tree: nnx.State(jax.tree.map(nnx.Param, tree))])
+def test_paths_are_as_users_write_them_in_boxes_and_states(make):
+    tree = make(TREE)
+    mask = variants.path_mask(tree, "(scale|bias)$")
+    assert jax.tree.structure(mask) == jax.tree.structure(tree)
+    assert jax.tree.leaves(mask) == jax.tree.leaves(variants.path_mask(TREE, "(scale|bias)$"))
+    total = lambda tree: sum(jnp.sum(v) for v in jax.tree.leaves(variants.stop_gradient_at(tree, "scale$")))  # noqa: E731
+    sums = [float(jnp.sum(g)) for g in jax.tree.leaves(jax.grad(total)(tree))]
+    assert sums == [0.0, 16.0, 4.0, 0.0]  # Block/Norm_1/scale, Dense_0/kernel, Norm_0/bias, Norm_0/scale.
+
+
+@pytest.mark.parametrize(
+    "choose", [variants.path_mask, variants.stop_gradient_at, lambda tree, f: variants.keep_at(tree, tree, f)]
+)
+@pytest.mark.parametrize("path_filter", ["BatchNorm", "scale/value$", lambda path: False])
+def test_a_filter_that_chooses_nothing_is_refused(choose, path_filter):
+    with pytest.raises(ValueError, match=r"chooses none of the paths.*Norm_0/scale"):
+        choose(TREE, path_filter)
+
+
+def test_a_tree_without_leaves_has_nothing_to_choose():
+    assert variants.path_mask({"params": {}}, "scale") == {"params": {}}

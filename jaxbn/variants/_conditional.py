@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxbn._affine import Activation, Initializer, scale_shift
 from jaxbn._batch_norm import batch_norm
 from jaxbn._factory import normalizer_factory
-from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._inputs import combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
 from jaxbn._normalizer import Normalizer
+from jaxbn._padding import silenced
 
 
 @normalizer_factory(options_of=batch_norm)
@@ -70,12 +71,12 @@ def conditional_batch_norm(
         if 0 in (a % len(x.shape) for a in (feature_axis,)):
             raise ValueError(f"feature_axis={feature_axis} is the first axis of x, {x.shape}: that is the examples'.")
         rows = shape if num_classes is None else (num_classes, *shape)
-        keys = jax.random.split(key, 4)
+        *keys, norm_key = jax.random.split(key, 5)
         params = {"scale": scale_init(keys[0], rows, param_dtype), "bias": bias_init(keys[1], rows, param_dtype)}
         if condition_size is not None:
             kernels = zip(("scale_kernel", "bias_kernel"), keys[2:], strict=True)
             params |= {name: kernel_init(k, (condition_size, *shape), param_dtype) for name, k in kernels}
-        return {"params": params, "batch_stats": batch_norm(**shared).init(key, x)["batch_stats"]}
+        return {"params": params, "batch_stats": batch_norm(**shared).init(norm_key, x)["batch_stats"]}
 
     def apply(variables, x, *, train, condition=None, where=None, weights=None, rng=None, residual=None):
         x = inexact(x)
@@ -88,6 +89,7 @@ def conditional_batch_norm(
         # [batch, features] with ones for the positions; the batch axis, which is reduced too, is kept.
         positions = reduced_axes(x.ndim, (0, feature_axis))
         scale, bias = (jnp.expand_dims(v, positions) for v in (scale, bias))
+        residual = silenced(residual, combined_weights(x, where, weights))
         return scale_shift(xhat, scale, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
 
     def _checked_params(variables, x):
@@ -117,7 +119,10 @@ def conditional_batch_norm(
 
 
 def _row(params, name, condition):
-    return params[name].at[condition].get(mode="fill", fill_value=jnp.nan)
+    # A negative index would count from the end: put past the end it gives NaN, as any class that there is not.
+    rows = params[name]
+    index = jnp.where(condition < 0, len(rows), condition)
+    return rows.at[index].get(mode="fill", fill_value=jnp.nan)
 
 
 def _linear(params, name, condition):

@@ -47,20 +47,42 @@ def path_mask(tree: Any, path_filter: PathFilter) -> Any:
     biases of all layers of that name as they are.
 
     Args:
-      tree: such as the params or batch_stats of a network.
+      tree: such as the params or batch_stats of a network: nested dicts, boxed values among them, or an `nnx.State`.
       path_filter: a regular expression that is searched for in the path, "Block_0/BatchNorm_1/scale"; or a function of
         that path.
 
     Returns:
       A tree of the same structure.
+
+    Raises:
+      ValueError: the tree has leaves and none is chosen.
     """
     chosen = path_filter if callable(path_filter) else lambda path: re.search(path_filter, path) is not None
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, _: bool(chosen(name(path))), tree)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    names = [_name(path) for path, _ in leaves]
+    mask = [bool(chosen(name)) for name in names]
+    if names and not any(mask):
+        raise ValueError(f"path_filter={path_filter!r} chooses none of the paths, which are {names}.")
+    return jax.tree.unflatten(treedef, mask)
+
+
+def _name(path) -> str:
+    """The names on the way to a leaf, joined by "/"."""
+    # Variables of nnx and boxed values of linen hold their array in an attribute of this name.
+    path = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def stop_gradient_at(tree: Any, path_filter: PathFilter) -> Any:
-    """The same tree, through whose chosen leaves no gradient flows: to be applied to params inside the loss."""
+    """The same tree, through whose chosen leaves no gradient flows: to be applied to params inside the loss.
+
+    Args:
+      tree: as in `path_mask`.
+      path_filter: as in `path_mask`.
+
+    Raises:
+      ValueError: as `path_mask`.
+    """
     return jax.tree.map(lambda v, stop: lax.stop_gradient(v) if stop else v, tree, path_mask(tree, path_filter))
 
 
@@ -69,5 +91,13 @@ def keep_at(old: Any, new: Any, path_filter: PathFilter) -> Any:
 
     The layers themselves still normalize by their batch in training; to have them use their running statistics
     build them with `frozen`.
+
+    Args:
+      old: as `tree` in `path_mask`.
+      new: of the same structure.
+      path_filter: as in `path_mask`.
+
+    Raises:
+      ValueError: as `path_mask`.
     """
     return jax.tree.map(lambda a, b, keep: a if keep else b, old, new, path_mask(old, path_filter))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._affine import Initializer
+from jaxbn._axis_group import varying_axes
 from jaxbn._factory import Made, normalizer_factory
 from jaxbn._inputs import inexact, stats_dtype
 from jaxbn.variants._recurrent import recurrent_batch_norm
@@ -24,7 +25,8 @@ class RecurrentCell(Made, _Functions):
 
     Attributes:
       init: init(key, x) -> {"params", "batch_stats"}; x is [batch, inputs], an array or a ShapeDtypeStruct.
-      initial_carry: initial_carry(x) -> carry at the first step, zeros; only x's shape and dtype count.
+      initial_carry: initial_carry(x) -> carry at the first step, zeros; x as for `init`. Inside shard_map pass the
+        array itself, so that the carry varies over the mesh axes over which x does.
       apply: apply(variables, carry, x, *, train, where=None) -> (carry, y, batch_stats). `where` is boolean [batch]:
         False marks padding, which neither counts in the statistics nor moves the carry.
     """
@@ -80,17 +82,20 @@ def batch_norm_lstm(
 
     def init(key, x):
         _check(x)
-        keys = jax.random.split(key, 4)
+        *keys, input_key, recurrent_key, bias_key = jax.random.split(key, len(norms) + 3)
         wide = {name: jax.ShapeDtypeStruct((x.shape[0], n), x.dtype) for name, n in _sizes().items()}
-        started = {name: norm.init(keys[0], wide[name]) for name, norm in norms.items()}
-        params = {name: dict(variables["params"]) for name, variables in started.items()}
-        params["input"]["kernel"] = kernel_init(keys[1], (x.shape[-1], 4 * features), param_dtype)
-        params["recurrent"]["kernel"] = recurrent_init(keys[2], (features, 4 * features), param_dtype)
-        params["bias"] = bias_init(keys[3], (4 * features,), param_dtype)
+        started = {name: norms[name].init(k, wide[name]) for name, k in zip(norms, keys, strict=True)}
+        params: dict[str, Any] = {name: dict(variables["params"]) for name, variables in started.items()}
+        params["input"]["kernel"] = kernel_init(input_key, (x.shape[-1], 4 * features), param_dtype)
+        params["recurrent"]["kernel"] = recurrent_init(recurrent_key, (features, 4 * features), param_dtype)
+        params["bias"] = bias_init(bias_key, (4 * features,), param_dtype)
         return {"params": params, "batch_stats": {name: v["batch_stats"] for name, v in started.items()}}
 
     def initial_carry(x):
         hidden = jnp.zeros((x.shape[0], features), x.dtype)
+        # Inside shard_map a carry has to vary over the mesh axes over which what is put into it does.
+        axes = tuple(varying_axes(x)) if isinstance(x, jax.Array) else ()
+        hidden = jax.lax.pcast(hidden, axes, to="varying") if axes else hidden
         return LSTMCarry(hidden, hidden.astype(stats_dtype(x)), jnp.zeros((), jnp.int32))
 
     def apply(variables, carry, x, *, train, where=None):
@@ -98,6 +103,8 @@ def batch_norm_lstm(
         _check(x)
         params, moved = variables["params"], {}
         mask = None if where is None else where[:, None]
+        # A NaN in the padding, times the cotangent 0, would be NaN in the gradient of the kernel.
+        x = x if mask is None else jnp.where(mask, x, 0)
 
         def normalized(name, v):
             own = {n: value for n, value in params[name].items() if n != "kernel"}

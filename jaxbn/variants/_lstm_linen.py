@@ -88,14 +88,16 @@ class BatchNormLSTMCell(nn.RNNCellBase):
         return self.padded(jax.ShapeDtypeStruct(input_shape, jnp.float32), None)
 
     @nn.nowrap
-    def padded(self, x: jax.Array, lengths: jax.Array | None) -> PaddedCarry:
+    def padded(self, x: jax.Array | jax.ShapeDtypeStruct, lengths: jax.Array | None) -> PaddedCarry:
         """The carry at the first step.
 
         Args:
           x: [batch, ..., inputs]; only shape and dtype count.
           lengths: int [batch], time steps of each sequence that are not padding; None is all.
         """
-        carry = self.cell.initial_carry(jax.ShapeDtypeStruct((x.shape[0], x.shape[-1]), x.dtype))
+        while len(x.shape) > 2:
+            x = x[:, 0] if isinstance(x, jax.Array) else jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype)
+        carry = self.cell.initial_carry(x)
         step = jnp.zeros(x.shape[0], jnp.int32)
         lengths = jnp.full_like(step, _NO_PADDING) if lengths is None else jnp.asarray(lengths, jnp.int32)
         return PaddedCarry(carry.hidden, carry.cell, step, lengths)

@@ -34,7 +34,7 @@ def noisy(
     Args:
       norm: the Normalizer whose output is disturbed.
       mean_range: the largest mean of the shift, the paper's n_mu.
-      scale_range: the largest mean of the gain, the paper's n_sigma.
+      scale_range: the largest mean of the gain, at least 1; the paper's n_sigma.
       mean_spread: half the width of the shift, the paper's r_mu.
       scale_spread: standard deviation of the gain, the paper's r_sigma.
       feature_axis: the axis of the units.
@@ -44,13 +44,15 @@ def noisy(
       A Normalizer with the params and batch_stats of `norm`; apply needs `rng` in training.
 
     Raises:
-      ValueError: a negative range or spread; from apply, training without rng.
+      ValueError: a negative range or spread, a scale_range below 1; from apply, training without rng.
     """
     if min(mean_range, scale_range, mean_spread, scale_spread) < 0:
         raise ValueError(
             f"mean_range={mean_range}, scale_range={scale_range}, mean_spread={mean_spread}, scale_spread="
             f"{scale_spread}; expected numbers of at least 0."
         )
+    if scale_range < 1:
+        raise ValueError(f"scale_range={scale_range}; expected at least 1, for gains are drawn from 1 to scale_range.")
 
     def apply(variables, x, *, train, where=None, weights=None, rng=None, **arguments):
         if train and rng is None:

@@ -14,7 +14,7 @@ from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._checks import checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import canonical_axes, size_of
-from jaxbn._normalize import STATISTICS
+from jaxbn._measure import STATISTICS
 from jaxbn._normalizer import Normalizer
 from jaxbn._padding import silenced
 from jaxbn.variants._each_example import each_example_norm

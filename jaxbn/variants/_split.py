@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxbn._batch_norm import batch_norm
 from jaxbn._factory import normalizer_factory
@@ -18,7 +19,7 @@ def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **opti
     `apply` takes `domain`: an int, or an int scalar array, for a batch of one domain; or int [batch], one for each
     example of x's first axis, and then each domain is normalized by its own part of the batch. Without it all of x is
     of domain 0, the main one, which the paper uses at test time. A domain of which the batch has nothing keeps its
-    running statistics.
+    running statistics. Examples of a domain that there is not come out as NaN and count nowhere.
 
     Args:
       num_domains: how many domains there are; the paper has 2.
@@ -30,7 +31,8 @@ def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **opti
       same shape, or [features] where shared.
 
     Raises:
-      ValueError: num_domains below 1, group_size; as `batch_norm`; and from apply, a domain of the wrong shape.
+      ValueError: num_domains below 1, group_size; as `batch_norm`; and from apply, a domain of the wrong shape or out
+        of range (where it is known when the function is traced), or variables made for another num_domains.
       TypeError: domains that are not integers.
     """
     if num_domains < 1:
@@ -40,27 +42,33 @@ def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **opti
     norm = batch_norm(**options)
 
     def init(key, x):
-        first = norm.init(key, x)
-        keys = jax.random.split(key, num_domains)
-        each = jax.vmap(lambda k: norm.init(k, jax.ShapeDtypeStruct(x.shape, x.dtype)))(keys)
-        return {"params": first["params"] if share_affine else each["params"], "batch_stats": each["batch_stats"]}
+        shared_key, *keys = jax.random.split(key, num_domains + 1)
+        each = jax.vmap(lambda k: norm.init(k, jax.ShapeDtypeStruct(x.shape, x.dtype)))(jnp.stack(keys))
+        params = norm.init(shared_key, x)["params"] if share_affine else each["params"]
+        return {"params": params, "batch_stats": each["batch_stats"]}
 
     def apply(variables, x, *, train, domain=None, where=None, weights=None, rng=None, residual=None):
         x = inexact(x)
         arguments = dict(train=train, weights=weights, rng=rng, residual=residual)
+        _check_rows(variables)
         domain = _checked_domain(domain, x)
         if domain.ndim == 0:
             return _one(variables, x, domain, dict(arguments, where=where))
         return _mixed(variables, x, domain, where, arguments)
 
     def _one(variables, x, domain, arguments):
-        params, batch_stats = variables["params"], variables["batch_stats"]
+        params, batch_stats = variables.get("params", {}), variables["batch_stats"]
+        # A domain that there is not, known only when the program runs, gives NaN and moves nothing.
+        known = (domain >= 0) & (domain < num_domains)
+        row = jnp.clip(domain, 0, num_domains - 1)
         chosen = {
-            "params": params if share_affine else jax.tree.map(lambda v: v[domain], params),
-            "batch_stats": jax.tree.map(lambda v: v[domain], batch_stats),
+            "params": params if share_affine else jax.tree.map(lambda v: v[row], params),
+            "batch_stats": jax.tree.map(lambda v: v[row], batch_stats),
         }
         y, moved = norm.apply(chosen, x, **arguments)
-        return y, jax.tree.map(lambda all_, one: all_.at[domain].set(one), batch_stats, moved)
+        to = jnp.where(known, domain, num_domains)
+        moved = jax.tree.map(lambda v, one: v.at[to].set(one, mode="drop"), batch_stats, moved)
+        return jnp.where(known, y, jnp.nan), moved
 
     def _mixed(variables, x, domain, where, arguments):
         shape = (-1,) + (1,) * (x.ndim - 1)
@@ -74,12 +82,25 @@ def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **opti
 
         axes = {"params": None if share_affine else 0, "batch_stats": 0}
         mapped = jax.vmap(each, in_axes=(axes["params"], axes["batch_stats"], 0))
-        y, batch_stats = mapped(variables["params"], variables["batch_stats"], jnp.arange(num_domains))
+        y, batch_stats = mapped(variables.get("params", {}), variables["batch_stats"], jnp.arange(num_domains))
         # One term alone is not zero, so that the sum is exact in any dtype.
-        return jnp.sum(y, axis=0), batch_stats
+        known = ((domain >= 0) & (domain < num_domains)).reshape(shape)
+        return jnp.where(known, jnp.sum(y, axis=0), jnp.nan), batch_stats
+
+    def _check_rows(variables):
+        rows = {"batch_stats": variables.get("batch_stats", {})}
+        rows |= {} if share_affine else {"params": variables.get("params", {})}
+        for collection, tree in rows.items():
+            shapes = {jnp.shape(v) for v in jax.tree.leaves(tree)}
+            if any(shape[:1] != (num_domains,) for shape in shapes):
+                raise ValueError(
+                    f"{collection} has shapes {sorted(shapes)}; num_domains={num_domains} wants {num_domains} rows:"
+                    " what init made with these arguments."
+                )
 
     def _checked_domain(domain, x):
-        if isinstance(domain, int) and not 0 <= domain < num_domains:
+        known = isinstance(domain, int | np.integer | np.ndarray)
+        if known and np.any((np.asarray(domain) < 0) | (np.asarray(domain) >= num_domains)):
             raise ValueError(f"domain={domain}; expected 0 to {num_domains - 1}.")
         domain = jnp.asarray(0 if domain is None else domain)
         if not jnp.issubdtype(domain.dtype, jnp.integer):

@@ -13,9 +13,8 @@ from jaxbn._axis_group import axis_group_of
 from jaxbn._checks import checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import along, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
-from jaxbn._measure import centered, measure
+from jaxbn._measure import STATISTICS, centered, measure
 from jaxbn._moments import Measured, Moments, merge_moments
-from jaxbn._normalize import STATISTICS
 from jaxbn._normalizer import Normalizer
 from jaxbn._padding import silenced
 from jaxbn._recording import unrecordable

@@ -13,8 +13,7 @@ from jaxbn._axis_group import axis_group_of
 from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
-from jaxbn._measure import centered, measure_groups
-from jaxbn._normalize import STATISTICS
+from jaxbn._measure import STATISTICS, centered, measure_groups
 from jaxbn._normalizer import Normalizer
 from jaxbn._padding import silenced
 from jaxbn._recording import unrecordable
@@ -139,7 +138,7 @@ def whitening_norm(
     def _covariances(c, weights, counts):
         """Weighted mean of c c^T over values and shards: [d, d] for each group of features, zeros where nothing counts.
 
-        With groups of shards as `AxisGroup.total` gives it.
+        With groups of shards as `AxisGroup.psum` gives it.
         """
         rows = _rows(c)
         share = safe_divide(jnp.ones((), rows.dtype), jnp.max(axis_group.select_group(counts)))
