@@ -55,6 +55,10 @@ class Textbook:
     def widened(self, x):
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
+    def padded(self, x, where):
+        """Zeros where the mask leaves out, before anything else: 0 times NaN in a derivative would be NaN."""
+        return x if where is None else jnp.where(where, x, 0)
+
     def train(self, x, w, stats, params):
         xhat, mean, var = self.standardize(x, w)
         batch = {"mean": jnp.squeeze(mean, self.axes(x)), "var": jnp.squeeze(var, self.axes(x))}
@@ -100,7 +104,7 @@ def factory(kind):
 
         def apply(variables, x, *, train, where=None, weights=None):
             params, stats, dtype = variables["params"], variables["batch_stats"], x.dtype
-            x = book.widened(x)
+            x = book.padded(book.widened(x), where)
             w = jnp.ones_like(x) if where is None else jnp.broadcast_to(where, x.shape).astype(x.dtype)
             w = w if weights is None else w * jnp.broadcast_to(weights, x.shape)
             if train:
@@ -311,7 +315,15 @@ class ShardsKeptApart(Textbook):
         return v
 
 
+def unpadded(self, x, where):
+    """Leave what the mask leaves out where it is."""
+    del self, where
+    return x
+
+
 class MaskIgnored(Textbook):
+    padded = unpadded
+
     def train(self, x, w, stats, params):
         return super().train(x, jnp.where(w == 0, 1, w), stats, params)
 
@@ -324,8 +336,16 @@ class MaskIgnoredInTheCount(Textbook):
 class MaskSubtracted(Textbook):
     """The sum of everything, less what the mask leaves out: which cancels, and NaN does not even do that."""
 
+    padded = unpadded
+
     def total(self, v, w):
         return self.summed(jnp.sum(v, self.axes(v), keepdims=True) - jnp.sum((1 - w) * v, self.axes(v), keepdims=True))
+
+
+class PaddingInTheGradient(Textbook):
+    """Masks the sums only: the derivative of what a sum leaves out is 0 times NaN."""
+
+    padded = unpadded
 
 
 class WeightsAsMask(Textbook):
@@ -351,6 +371,41 @@ class StandardDeviationsAveraged(Textbook):
 class EvaluatesWithTheBatch(Textbook):
     def evaluate(self, x, stats, params, w):
         return self.affine(self.standardize(x, w)[0], params)
+
+
+class EvaluationForgetsTheScale(Textbook):
+    def evaluate(self, x, stats, params, w):
+        return super().evaluate(x, stats, {**params, "scale": jnp.ones_like(params["scale"])}, w)
+
+
+class EvaluationForgetsTheBias(Textbook):
+    def evaluate(self, x, stats, params, w):
+        return super().evaluate(x, stats, {**params, "bias": jnp.zeros_like(params["bias"])}, w)
+
+
+class EvaluationForgetsEpsilon(Textbook):
+    def evaluate(self, x, stats, params, w):
+        del w
+        mean, var = (self.shaped(v, x) for v in lax.stop_gradient((stats["mean"], stats["var"])))
+        return self.affine((x - mean) * lax.rsqrt(var), params)
+
+
+class EvaluationAlongTheWrongAxisOfImages(Textbook):
+    """Broadcasts the running statistics along the last position of images whose sizes allow it."""
+
+    def evaluate(self, x, stats, params, w):
+        if x.ndim == 2 or self.feature_axis != -1 or x.shape[-2] != x.shape[-1]:
+            return super().evaluate(x, stats, params, w)
+        return jnp.swapaxes(super().evaluate(jnp.swapaxes(x, -1, -2), stats, params, w), -1, -2)
+
+
+class ChannelsFirstEvaluatedLast(Textbook):
+    """Right in training; at test time the statistics run along the last axis."""
+
+    def evaluate(self, x, stats, params, w):
+        if self.feature_axis != 1 or x.ndim == 2:
+            return super().evaluate(x, stats, params, w)
+        return jnp.swapaxes(super().evaluate(jnp.swapaxes(x, -1, 1), stats, params, w), -1, 1)
 
 
 class TrainsWithTheRunningVariance(Textbook):

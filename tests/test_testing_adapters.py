@@ -1,6 +1,7 @@
 """Modules of each library as subjects: what is read off them, and what the laws find in layers as shipped."""
 
 import functools
+import operator
 
 import flax.linen as nn
 import jax
@@ -14,8 +15,8 @@ import jaxbn.linen
 import jaxbn.nnx
 import jaxbn.testing as laws
 import jaxbn.variants
+from jaxbn.testing._signatures import defaults, parameters_of, required
 from jaxbn.testing.adapters import subject_of
-from jaxbn.testing.signatures import defaults, parameters_of, required
 
 # Enough for the findings here, each of which is far beyond its bound.
 QUICK = {"examples": 8, "shrink": False}
@@ -89,6 +90,50 @@ def test_class_with_unknown_required_arguments_is_refused():
         subject_of(Mine)
 
 
+class FieldMode(nn.Module):
+    """A right layer whose mode is a field, as in many code bases."""
+
+    use_running_average: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=self.use_running_average, momentum=0.9)(x)
+
+
+class AttributeMode(nnx.Module):
+    """A right layer whose mode is what `.train()` and `.eval()` set."""
+
+    def __init__(self, num_features, *, rngs):
+        self.inside = nnx.BatchNorm(num_features, momentum=0.9, rngs=rngs)
+
+    def __call__(self, x):
+        return self.inside(x)
+
+
+class NoMode(nn.Module):
+    """Nothing switches it to test mode."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(x)
+
+
+# Those that read the running statistics, by way of evaluation.
+IN_TEST_MODE = ["running_closed_form", "eval_is_affine", "eval_treats_examples_independently", "folding_keeps_function"]
+
+
+@pytest.mark.parametrize("layer", [FieldMode, FieldMode(), AttributeMode], ids=["field", "instance", "attribute"])
+def test_mode_is_found_where_the_call_does_not_take_it(layer):
+    assert broken(layer, IN_TEST_MODE) == set()
+
+
+def test_layer_that_cannot_be_switched_to_test_mode_is_not_condemned_for_it():
+    report = laws.survey(NoMode, [*IN_TEST_MODE, "zero_mean"], **QUICK)
+    assert [outcome.status for outcome in report.outcomes] == ["n/a"] * 4 + ["holds"]
+    assert "it could not be switched to test mode" in report.facts
+    assert all("could not be switched to test mode" in outcome.detail for outcome in report.outcomes[:4])
+
+
 def test_subject_can_be_changed_by_options():
     subject = subject_of(jaxbn.batch_norm)
     assert subject_of(subject, epsilon=0.5).epsilon == 0.5
@@ -134,7 +179,7 @@ def test_haiku_is_read_and_gives_nan():
     subject = subject_of(hk.BatchNorm)
     assert stated(subject) == (1e-5, 0.99)
     assert subject.running.kind == "debiased"
-    assert broken(hk.BatchNorm, ["constant_feature", "layouts_agree", "unit_variance"]) == {"constant_feature"}
+    assert broken(hk.BatchNorm, ["far_constant_feature", "layouts_agree", "unit_variance"]) == {"far_constant_feature"}
 
 
 def test_equinox_is_read_and_does_not_keep_its_closed_form():
@@ -149,6 +194,28 @@ def test_torch_is_read_by_callback():
     subject = subject_of(torch.nn.BatchNorm1d)
     assert (subject.epsilon, round(subject.decay, 6), subject.unbiased) == (1e-5, 0.9, True)
     assert broken(torch.nn.BatchNorm1d, ["running_closed_form", "unit_variance", "gradient_matches_float64"]) == set()
+
+
+@pytest.mark.parametrize(
+    ("package", "layer", "arguments", "scope"),
+    [
+        ("torch", "nn.LayerNorm", {}, "layer"),
+        ("torch", "nn.LayerNorm", {"normalized_shape": 2}, "layer"),
+        ("torch", "nn.GroupNorm", {"num_groups": 2}, "group:2"),
+        ("torch", "nn.InstanceNorm2d", {}, "instance"),
+        ("equinox", "nn.LayerNorm", {}, "layer"),
+        ("equinox", "nn.LayerNorm", {"shape": 2}, "layer"),
+        ("equinox", "nn.GroupNorm", {"groups": 2}, "group:2"),
+        ("haiku", "LayerNorm", {"axis": -1}, "layer"),
+        ("haiku", "InstanceNorm", {}, "instance"),
+    ],
+)
+def test_norm_of_another_library_runs_in_its_own_scope(package, layer, arguments, scope):
+    library = pytest.importorskip(package, reason=f"{package} is not installed; the table in the README needs it")
+    subject = subject_of(functools.partial(operator.attrgetter(layer)(library), **arguments))
+    assert subject.scope.name == scope
+    few = ["zero_mean", "unit_variance", "shift_invariance", "gradient_matches_float64"]
+    assert not laws.survey(subject, few, **QUICK).broken
 
 
 def test_torch_runs_on_narrow_inputs():

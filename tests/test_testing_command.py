@@ -8,7 +8,7 @@ import pytest
 
 import jaxbn.testing as laws
 from jaxbn.testing.__main__ import main
-from jaxbn.testing.resolve import UnknownPathError, resolve
+from jaxbn.testing._resolve import UnknownPathError, resolve
 
 MY_LAYERS = """
 import jaxbn
@@ -32,9 +32,22 @@ def flat(x):
 
 def square(x):
     assert x.ndim == 2, "two axes only"
+    return (x - x.mean(0, keepdims=True)) / (x.var(0, keepdims=True) + 1e-5) ** 0.5
+
+
+def small(x):
+    assert len(x) < 8, "too many"
     return x
+
+
+def variance_of_another_kind(x):
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes, keepdims=True)
+    return (x - mean) / ((x * x).mean(axes, keepdims=True) - mean * mean + 1e-5) ** 0.5
 """
 FEW = ("--laws", "zero_mean,epsilon_inside_root")
+# A promise that the textbook formula for the variance does not keep.
+FAR = "far_constant_feature"
 
 
 @pytest.fixture
@@ -101,8 +114,58 @@ def test_unknown_law_is_one_line_and_status_2(capsys):
 
 
 def test_law_on_whose_inputs_the_layer_raises_is_broken(layers, capsys):
-    assert main(["my_layers.square", "--laws", "permutation_equivariance,dense_equals_convolution"]) == 1
-    assert "raised AssertionError: two axes only" in capsys.readouterr().out
+    assert main(["my_layers.small", "--laws", "permutation_equivariance,dense_equals_convolution"]) == 1
+    assert "raised AssertionError: too many" in capsys.readouterr().out
+
+
+def test_layer_that_takes_one_rank_is_checked_on_that(layers, capsys):
+    assert main(["my_layers.square", "--laws", "zero_mean,dense_equals_convolution"]) == 0
+    out = capsys.readouterr().out
+    assert "1 laws hold, 0 broken, 1 not applicable" in out
+    assert "needs inputs of rank 4 (raised AssertionError: two axes only)" in out
+
+
+def test_broken_promise_counts_where_asked(layers, capsys):
+    few = ["my_layers.variance_of_another_kind", "--no-shrink", "--skip", ",".join(set(laws.LAWS) - {"zero_mean", FAR})]
+    assert main(few) == 0
+    assert f"{FAR} is not kept (a promise of jaxbn)" in capsys.readouterr().out
+    assert main([*few, "--strict"]) == 1
+    assert main(["my_layers.variance_of_another_kind", "--no-shrink", "--laws", FAR]) == 1
+
+
+def test_skipped_law_is_said_and_does_not_count(layers, capsys, rank_promotion):
+    assert main(["my_layers.outside", *FEW, "--skip", "epsilon_inside_root"]) == 0
+    assert "n/a     skipped by --skip" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scope"),
+    [
+        (["flax.linen.LayerNorm"], "layer (inferred)"),
+        (["flax.linen.InstanceNorm"], "instance (inferred)"),
+        (["flax.linen.InstanceNorm", "--scope", "instance"], "instance (stated)"),
+        (["jaxbn.instance_norm", "--scope", "instance"], "instance (stated)"),
+        (["jaxbn.group_norm(num_groups=2)"], "group:2 (inferred)"),
+        (["jaxbn.group_norm", "--features", "64"], "group:32 (inferred)"),
+        (["flax.nnx.LayerNorm"], "layer (inferred)"),
+    ],
+)
+def test_right_layer_of_each_scope_is_not_condemned(arguments, scope, capsys, rank_promotion):
+    few = ["zero_mean", "unit_variance", "shift_invariance", "scale_invariance", "gradient_orthogonal_to_ones"]
+    assert main([*arguments, "--laws", ",".join(few), "--examples", "8"]) == 0
+    assert f"scope {scope}" in capsys.readouterr().out
+
+
+def test_wrong_scope_is_answered_with_the_right_one(capsys):
+    assert main(["jaxbn.group_norm", "--features", "32", "--scope", "example", "--laws", "unit_variance"]) == 1
+    assert "try --scope instance" in capsys.readouterr().out
+
+
+def test_scope_that_leaves_no_sets_is_one_line_and_status_2(capsys):
+    assert main(["jaxbn.batch_norm", "--scope", "ghost:3", *FEW]) == 2
+    assert "scope ghost:3 does not divide a batch of 4" in capsys.readouterr().err
+    assert main(["jaxbn.batch_norm", "--scope", "rows", *FEW]) == 2
+    assert "no scope is called 'rows'" in capsys.readouterr().err
 
 
 def test_markdown_table_has_laws_down_and_layers_across(layers, capsys, rank_promotion):
@@ -110,7 +173,7 @@ def test_markdown_table_has_laws_down_and_layers_across(layers, capsys, rank_pro
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "| law | jaxbn.batch_norm | my_layers.outside |"
     assert "| `epsilon_inside_root` | holds | **broken** |" in lines
-    assert "| broken / applicable | 0 / 2 | 1 / 2 |" in lines
+    assert "| laws broken / applicable | 0 / 2 | 1 / 2 |" in lines
     assert any("python -m jaxbn.testing --table" in line for line in lines)
 
 
@@ -118,7 +181,8 @@ def test_list_names_every_law_with_its_bound_and_source(capsys):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
     for law in laws.LAWS.values():
-        assert f"{law.name}\n  {law.statement}\n  bound:  {law.bound}\n  source: {law.source}" in out
+        title = f"{law.name} (a promise of jaxbn)" if law.promise else law.name
+        assert f"{title}\n  {law.statement}\n  bound:  {law.bound}\n  source: {law.source}" in out
 
 
 def test_no_path_is_an_error():

@@ -1,5 +1,7 @@
 """What the laws stand on: the oracle, scopes, bounds, strategies, and what is read off a layer's outputs."""
 
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,17 +15,22 @@ from planted_defects import Textbook, factory
 
 import jaxbn
 import jaxbn.testing as laws
-from jaxbn.testing import bounds, oracle
-from jaxbn.testing.laws import agree
-from jaxbn.testing.measure import measure_epsilon
-from jaxbn.testing.report import LawResult, Report
-from jaxbn.testing.scope import SCOPES, ghost, group
+from jaxbn.testing import LawResult, Report, agree
+from jaxbn.testing import _bounds as bounds
+from jaxbn.testing import _oracle as oracle
+from jaxbn.testing._measure import measure_epsilon
+from jaxbn.testing._scope import SCOPES, ghost, group
 
-RNG = np.random.default_rng(0)
 ALL_SCOPES = [*SCOPES.values(), ghost(2), group(2)]
 scopes = pytest.mark.parametrize("scope", ALL_SCOPES, ids=lambda scope: scope.name)
 # Two float64 programs for the same numbers.
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-13}
+
+
+@pytest.fixture
+def rng():
+    """A generator of this test alone."""
+    return np.random.default_rng(0)
 
 
 # ---- scopes
@@ -31,8 +38,8 @@ FLOAT64 = {"rtol": 1e-12, "atol": 1e-13}
 
 @scopes
 @pytest.mark.parametrize("shape", [(4, 6), (4, 2, 3, 6)])
-def test_joining_undoes_splitting(scope, shape):
-    x = RNG.normal(size=shape)
+def test_joining_undoes_splitting(scope, shape, rng):
+    x = rng.normal(size=shape)
     np.testing.assert_array_equal(scope.join(scope.split(x), shape), x)
 
 
@@ -40,20 +47,20 @@ def test_joining_undoes_splitting(scope, shape):
     ("scope", "axes"),
     [("batch", (0, 1, 2)), ("layer", (3,)), ("instance", (1, 2)), ("example", (1, 2, 3))],
 )
-def test_scope_is_the_mean_over_its_axes(scope, axes):
-    x = RNG.normal(size=(4, 2, 3, 6))
+def test_scope_is_the_mean_over_its_axes(scope, axes, rng):
+    x = rng.normal(size=(4, 2, 3, 6))
     sets = SCOPES[scope].split(x)
     np.testing.assert_allclose(sets.mean(0), x.mean(axes).reshape(-1), **FLOAT64)
 
 
-def test_group_scope_is_runs_of_features_within_an_example():
-    x = RNG.normal(size=(4, 2, 3, 6))
+def test_group_scope_is_runs_of_features_within_an_example(rng):
+    x = rng.normal(size=(4, 2, 3, 6))
     expected = x.reshape(4, 2, 3, 2, 3).mean((1, 2, 4)).reshape(-1)
     np.testing.assert_allclose(group(2).split(x).mean(0), expected, **FLOAT64)
 
 
-def test_ghost_scope_is_runs_of_examples():
-    x = RNG.normal(size=(4, 2, 3, 6))
+def test_ghost_scope_is_runs_of_examples(rng):
+    x = rng.normal(size=(4, 2, 3, 6))
     expected = x.reshape(2, 2, 2, 3, 6).mean((1, 2, 3)).reshape(-1)
     np.testing.assert_allclose(ghost(2).split(x).mean(0), expected, **FLOAT64)
 
@@ -62,23 +69,23 @@ def test_ghost_scope_is_runs_of_examples():
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_oracle_agrees_with_the_one_of_the_other_tests(offset):
-    x, dy = offset + RNG.normal(size=(12, 3)), RNG.normal(size=(12, 3))
+def test_oracle_agrees_with_the_one_of_the_other_tests(offset, rng):
+    x, dy = offset + rng.normal(size=(12, 3)), rng.normal(size=(12, 3))
     exact, _ = reference(x, dy, axis=0, epsilon=0.1)
     np.testing.assert_allclose(oracle.normalize(x, laws.BATCH, 0.1), exact.y, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(oracle.gradient(x, dy, laws.BATCH, 0.1), exact.dx, rtol=1e-9, atol=1e-9)
 
 
-def test_weights_of_the_oracle_repeat_values():
-    x, weights = RNG.normal(size=(4, 2)), np.array([2, 1, 1, 4])
+def test_weights_of_the_oracle_repeat_values(rng):
+    x, weights = rng.normal(size=(4, 2)), np.array([2, 1, 1, 4])
     w = np.broadcast_to(weights[:, None], x.shape)
     repeated = oracle.normalize(np.repeat(x, weights, axis=0), laws.BATCH, 0.1)
     np.testing.assert_allclose(np.repeat(oracle.normalize(x, laws.BATCH, 0.1, w), weights, 0), repeated, **FLOAT64)
 
 
 @pytest.mark.parametrize("scope", [laws.BATCH, laws.LAYER, ghost(2)], ids=lambda scope: scope.name)
-def test_gradient_of_the_oracle_is_that_of_autodiff(scope):
-    x, dy = RNG.normal(size=(4, 6)), RNG.normal(size=(4, 6))
+def test_gradient_of_the_oracle_is_that_of_autodiff(scope, rng):
+    x, dy = rng.normal(size=(4, 6)), rng.normal(size=(4, 6))
     sets = scope.split(np.arange(24).reshape(4, 6)).astype(int)
     with jax.enable_x64(True):
 
@@ -94,9 +101,9 @@ def test_gradient_of_the_oracle_is_that_of_autodiff(scope):
 # ---- bounds
 
 
-def test_bound_contains_the_worst_of_many_float32_programs():
+def test_bound_contains_the_worst_of_many_float32_programs(rng):
     # Sequential sums, the worst order there is, and both textbook formulas for the variance.
-    x = (3 + RNG.normal(size=(200, 8))).astype(np.float32)
+    x = (3 + rng.normal(size=(200, 8))).astype(np.float32)
     bound = bounds.output(x.T, laws.BATCH, 1e-5)
     exact = oracle.normalize(x.T, laws.BATCH, 1e-5)
     for one_pass in (False, True):
@@ -215,12 +222,12 @@ def test_check_is_deterministic():
 
 def test_function_that_raises_in_a_law_breaks_it():
     def picky(x):
-        if x.ndim == 4:
-            raise ValueError("no images\nplease")
+        if len(x) == 8:
+            raise ValueError("not eight\nplease")
         return x
 
     (outcome,) = laws.survey(picky, ["dense_equals_convolution"]).broken
-    assert outcome.detail == "raised ValueError: no images"
+    assert outcome.detail == "raised ValueError: not eight"
 
 
 def test_layer_without_a_law_s_needs_is_reported_as_such():
@@ -259,17 +266,36 @@ def test_report_shows_pairs_and_lists_of_arrays_by_name():
         assert line in text
 
 
-def test_markdown_counts_what_applies():
+def test_markdown_counts_what_applies_and_has_promises_apart():
     outcomes = [LawResult(laws.zero_mean, "holds"), LawResult(laws.unit_variance, "BROKEN", "why")]
-    table = laws.markdown([Report("layer", "", [*outcomes, LawResult(laws.affine_last, "n/a", "needs a scale")])])
+    outcomes += [LawResult(laws.hard_inputs, "BROKEN", "why"), LawResult(laws.affine_last, "n/a", "needs a scale")]
+    table = laws.markdown([Report("layer", "", outcomes)])
     assert table.splitlines() == [
         "| law | layer |",
         "| --- | --- |",
         "| `zero_mean` | holds |",
         "| `unit_variance` | **broken** |",
         "| `affine_last` | – |",
-        "| broken / applicable | 1 / 2 |",
+        "| laws broken / applicable | 1 / 2 |",
+        "| *promises of this library* |  |",
+        "| `hard_inputs` | **broken** |",
+        "| promises broken / applicable | 1 / 1 |",
     ]
+
+
+# ---- the order of the files
+
+
+def test_files_import_only_from_those_before_them_in_the_stated_order():
+    folder = pathlib.Path(laws.__file__).parent
+    stated = re.findall(r"\b[_a-z]+\b", re.search(r"imports only from those before it:\n\n(.*)", laws.__doc__, re.S)[1])
+    order = [name for name in dict.fromkeys(stated) if (folder / f"{name}.py").exists()]
+    assert {path.stem for path in folder.glob("*.py")} == {*order, "__init__"}
+    for place, name in enumerate(order):
+        text = (folder / f"{name}.py").read_text(encoding="utf-8")
+        found = re.findall(r"from jaxbn\.testing\.(\w+) import|from jaxbn\.testing import (\w+)", text)
+        imported = {module for pair in found for module in pair if module}
+        assert imported <= set(order[:place]), f"{name} imports {imported - set(order[:place])}"
 
 
 # ---- what importing needs

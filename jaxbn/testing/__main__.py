@@ -1,54 +1,66 @@
 """`python -m jaxbn.testing flax.linen.BatchNorm`: which laws a layer keeps, and what breaks the others."""
 
 import argparse
-import importlib.metadata
 import os
-import platform
+import pathlib
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
 
-import jax
-
+from jaxbn.testing._check import counting, survey
+from jaxbn.testing._law import LAWS, Law, law_named
+from jaxbn.testing._resolve import UnknownPathError, resolve
+from jaxbn.testing._scope import scope_named
+from jaxbn.testing._subject import Subject
+from jaxbn.testing._table import table, write
 from jaxbn.testing.adapters import subject_of
-from jaxbn.testing.laws import LAWS
-from jaxbn.testing.report import Report, markdown
-from jaxbn.testing.resolve import UnknownPathError, resolve
-from jaxbn.testing.runner import law_named, survey
-from jaxbn.testing.scope import SCOPES
-
-_LIBRARIES = ("jax", "jaxbn", "flax", "dm-haiku", "equinox", "torch", "hypothesis", "chex")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 where all laws hold, 1 where one is broken, 2 where a path or option does not fit."""
+    """Run the command: 0 where all laws hold, 1 where one is broken, 2 where a path or an option does not fit."""
     parser = _parser()
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(arguments)
-    if not (options.paths or options.list):
-        parser.error("name a layer, such as flax.linen.BatchNorm")
     if options.list:
-        print(
-            "\n\n".join(
-                f"{law.name}\n  {law.statement}\n  bound:  {law.bound}\n  source: {law.source}" for law in LAWS.values()
-            )
-        )
+        print("\n\n".join(map(_described, LAWS.values())))
         return 0
+    if not options.paths:
+        parser.error("name a layer, such as flax.linen.BatchNorm")
     try:
-        laws = None if options.laws is None else [law_named(name.strip()) for name in options.laws.split(",")]
+        laws = None if options.laws is None else _laws(options.laws)
+        skipped: dict[Law | str, str] = dict.fromkeys(_laws(options.skip or ""), "skipped by --skip")
         subjects = [_subject(path, options) for path in options.paths]
     except (UnknownPathError, TypeError, ValueError) as error:
-        print(f"jaxbn.testing: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return _refused(error)
     shrink = not options.no_shrink
-    reports = [survey(subject, laws, examples=options.examples, shrink=shrink) for subject in subjects]
-    print(_table(reports, options) if options.table else "\n\n\n".join(map(str, reports)))
-    return 1 if any(report.broken for report in reports) else 0
+    reports = [survey(subject, laws, excused=skipped, examples=options.examples, shrink=shrink) for subject in subjects]
+    if options.table or options.write:
+        text = table(reports, shlex.join(arguments))
+        if options.write:
+            try:
+                write(options.write, text)
+            except (OSError, ValueError) as error:
+                return _refused(error)
+        print(text)
+    else:
+        print("\n\n\n".join(map(str, reports)))
+    strict = options.strict or laws is not None
+    return 1 if any(counting(report, strict=strict) for report in reports) else 0
 
 
-def _parser():
+def _refused(error: Exception) -> int:
+    print(f"jaxbn.testing: {str(error).splitlines()[0]}", file=sys.stderr)
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m jaxbn.testing",
-        description="Check layers against the laws of normalization. Exit status 1 if a law is broken.",
+        description="Check layers against the laws of normalization. Naming a layer imports its module and builds it,"
+        " so it runs their code.",
+        epilog="Exit status: 0 all laws hold; 1 a law is broken (with --strict, or where --laws names it, a promise"
+        " too); 2 a path or an option does not fit.",
     )
     parser.add_argument(
         "paths",
@@ -57,20 +69,44 @@ def _parser():
         help="import path of a module class (flax.linen, flax.nnx, Haiku, Equinox, torch), of a Normalizer or a factory"
         " of them, or of a function x -> y; keyword arguments may follow, as in \"equinox.nn.BatchNorm(mode='batch')\"",
     )
-    parser.add_argument("--laws", help="names of laws, with commas between; all by default")
+    parser.add_argument("--laws", metavar="NAMES", help="laws to check, with commas between; all by default")
+    parser.add_argument("--skip", metavar="NAMES", help="laws not to check, with commas between")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit with 1 also where a promise is not kept: what jaxbn promises beyond the definition of normalization",
+    )
     parser.add_argument("--examples", type=int, default=25, help="inputs tried for each law (default 25)")
-    parser.add_argument("--scope", choices=SCOPES, help="which values are normalized together (default batch)")
-    parser.add_argument("--features", type=int, help="number of features of the inputs (default 2)")
+    parser.add_argument(
+        "--scope",
+        help="which values are normalized together: batch, layer, instance, example, group:N (N groups) or ghost:N (N"
+        " examples); inferred by default where the layer has no running statistics, else batch",
+    )
+    parser.add_argument(
+        "--features", type=int, help="number of features of the inputs (default: 2, or more where the layer needs it)"
+    )
     parser.add_argument("--table", action="store_true", help="one Markdown table, laws down and layers across")
+    parser.add_argument(
+        "--write", metavar="FILE", type=pathlib.Path, help="put the table between its markers in a Markdown file, too"
+    )
     parser.add_argument("--no-shrink", action="store_true", help="do not look for the smallest failing input")
     parser.add_argument("--list", action="store_true", help="print all laws with their bounds and sources")
     return parser
 
 
-def _subject(path, options):
-    chosen = {"name": path}
+def _described(law: Law) -> str:
+    promise = " (a promise of jaxbn)" if law.promise else ""
+    return f"{law.name}{promise}\n  {law.statement}\n  bound:  {law.bound}\n  source: {law.source}"
+
+
+def _laws(names: str) -> list[Law]:
+    return [law_named(name.strip()) for name in names.split(",") if name.strip()]
+
+
+def _subject(path: str, options: argparse.Namespace) -> Subject:
+    chosen: dict = {"name": path}
     if options.scope:
-        chosen["scope"] = SCOPES[options.scope]
+        chosen["scope"] = scope_named(options.scope)
     if options.features:
         chosen["features"] = options.features
     try:
@@ -85,37 +121,8 @@ def _subject(path, options):
     return subject
 
 
-def _table(reports: Sequence[Report], options) -> str:
-    """The table, what made it, and of each broken law its counterexample."""
-    versions = ", ".join(f"{name} {version}" for name in _LIBRARIES if (version := _version(name)))
-    quoted = " ".join(f'"{path}"' if "(" in path else path for path in options.paths)
-    extras = "" if options.examples == 25 else f" --examples {options.examples}"
-    environment = "".join(
-        f"{name}={os.environ[name]} " for name in ("JAX_PLATFORMS", "XLA_FLAGS") if name in os.environ
-    )
-    made = f"Made by `{environment}python -m jaxbn.testing --table{extras} {quoted}` on {jax.default_backend()}"
-    details = [f"- {report.name}: {report.facts}" for report in reports]
-    found = [
-        f"- {report.name}, `{outcome.law.name}`: {outcome.detail}" for report in reports for outcome in report.broken
-    ]
-    parts = [
-        markdown(reports),
-        f"{made} ({jax.device_count()} devices, {platform.machine()}, Python {platform.python_version()}): {versions}.",
-        "What was checked:\n" + "\n".join(details),
-        "What the broken laws show, on the smallest failing input:\n" + "\n".join(found) if found else "",
-    ]
-    return "\n\n".join(part for part in parts if part)
-
-
-def _version(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 if __name__ == "__main__":
-    # Layers under test may warn; the table is what was asked for.
+    # Layers under test may warn; the report is what was asked for.
     warnings.simplefilter("ignore")
     try:
         status = main()

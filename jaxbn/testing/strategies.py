@@ -97,5 +97,6 @@ def batches(
     weights = draw(st.none() | values(shape, offsets=(2.25,), scales=(1.0,), largest=2)) if weighted else None
     feature_axis = draw(st.sampled_from(list(layouts)))
     if feature_axis != -1:
-        x, where, weights = (None if v is None else np.moveaxis(v, -1, feature_axis) for v in (x, where, weights))
+        x = np.moveaxis(x, -1, feature_axis)
+        where, weights = (None if v is None else np.moveaxis(v, -1, feature_axis) for v in (where, weights))
     return Batch(x, feature_axis, where, weights)

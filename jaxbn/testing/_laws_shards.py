@@ -1,145 +1,26 @@
-"""Laws of counting: masks, weights, halves and shards; the same values give the same answer however they are spread."""
+"""Laws of pooling: halves and shards of a batch give the answer of the whole batch."""
 
-# ruff: noqa: D103  (a law's docstring is its statement)
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.testing import bounds
-from jaxbn.testing.laws import agree, law, require
-from jaxbn.testing.laws_running import agree_running, running_of
-from jaxbn.testing.laws_value import SLACK
-from jaxbn.testing.strategies import masks, values
-from jaxbn.testing.subject import AXIS
+from jaxbn.testing._agree import agree
+from jaxbn.testing._law import law
+from jaxbn.testing._laws_masks import COUNTS, eight
+from jaxbn.testing._laws_running import agree_running
+from jaxbn.testing._laws_value import SLACK
+from jaxbn.testing._layer import AXIS
 
 CHAN = "Chan, Golub and LeVeque 1983, equation 2.1"
-COUNTS = "pooling by count, not averaging of averages"
-
-
-def _eight(subject, **kwargs):
-    return values((8, subject.features), **kwargs)
-
-
-def _some_rows(subject):
-    return {
-        "x": _eight(subject),
-        "kept": st.permutations(range(8)).map(lambda order: sorted(order[:4])),
-        "left_out": st.sampled_from([0.0, 100.0, -7.0]),
-    }
-
-
-def _masked(x, kept, left_out):
-    mask = np.zeros((len(x), 1), bool)
-    mask[kept] = True
-    return np.where(mask, x, x + np.float32(left_out)), mask
-
-
-@law(
-    statement="with a mask over examples, those that count are normalized as if the others were not there",
-    bound=f"twice {SLACK}; running statistics as in running_closed_form",
-    source=COUNTS,
-    inputs=_some_rows,
-    needs=("batch", "where", "rank 2"),
-)
-def mask_equals_subset(subject, x, kept, left_out):
-    x, mask = _masked(x, kept, left_out)
-    y, batch_stats = subject.run(x, where=mask)
-    z, expected = subject.run(x[kept])
-    agree(z, y[kept], 2 * subject.output_bound(x[kept]), "y of what counts")
-    agree_running(subject, expected, batch_stats, [x[kept]])
-
-
-@law(
-    statement="a mask may differ from feature to feature: each is normalized by what counts in it",
-    bound=SLACK,
-    source=COUNTS,
-    inputs=lambda s: {"x": _eight(s), "mask": masks((8, s.features))},
-    needs=("batch", "where", "rank 2"),
-)
-def mask_per_feature(subject, x, mask):
-    expected, bound = subject.exact(x, mask), subject.output_bound(x, mask)
-    y = subject.train(x, where=mask)
-    agree(expected[mask], y[mask], bound[mask], "y of what counts")
-
-
-@law(
-    statement="what a mask leaves out may be anything, NaN and infinity included",
-    bound=f"twice {SLACK}; running statistics as in running_closed_form",
-    source="padding holds what it holds",
-    inputs=lambda s: _some_rows(s) | {"left_out": st.sampled_from([np.nan, np.inf, 1e30])},
-    needs=("batch", "where", "rank 2"),
-)
-def mask_silences(subject, x, kept, left_out):
-    x, mask = _masked(x, kept, left_out)
-    y, batch_stats = subject.run(x, where=mask)
-    z, expected = subject.run(x[kept])
-    agree(z, y[kept], 2 * subject.output_bound(x[kept]), "y of what counts")
-    agree_running(subject, expected, batch_stats, [x[kept]])
-
-
-@law(
-    statement="the gradient knows the mask: what does not count gets none from what does, and the rest is the subset's",
-    bound="twice 8 slack r D (1 + X^2), see gradient_matches_float64",
-    source=COUNTS,
-    inputs=lambda s: _some_rows(s) | {"dy": values((4, s.features), offsets=(0.5,), scales=(1.0,))},
-    needs=("batch", "where", "gradient", "rank 2"),
-)
-def mask_gradient(subject, x, kept, left_out, dy):
-    x, mask = _masked(x, kept, left_out)
-    whole = np.zeros(x.shape, np.float32)
-    whole[kept] = dy
-    expected = np.zeros(x.shape)
-    expected[kept] = subject.pull(x[kept], dy)[0]
-    bound = np.zeros(x.shape)
-    bound[kept] = 2 * subject.gradient_bound(x[kept], dy)
-    agree(expected, subject.pull(x, whole, where=mask)[0], bound, "dx")
-
-
-@law(
-    statement="a feature that saw nothing keeps its running statistics, and its outputs are finite",
-    bound="32 u of what was there: nothing may move",
-    source="a zero count is the neutral element of pooling",
-    inputs=lambda s: {"x": _eight(s), "feature": st.integers(0, s.features - 1)},
-    needs=("batch", "where", "running", "rank 2"),
-)
-def empty_mask_keeps_statistics(subject, x, feature):
-    mask = np.ones(x.shape, bool)
-    mask[:, feature] = False
-    before = subject.trained(x)
-    y, batch_stats = subject.run(x, where=mask, variables=before)
-    require(np.isfinite(y).all(), f"y is not finite: {y[:, feature]}")
-    old, new = running_of(subject, before["batch_stats"]), running_of(subject, batch_stats)
-    for name, a, b in zip(("mean", "var"), old, new, strict=True):
-        agree(a[feature], b[feature], 64 * bounds.FLOAT32 * (np.abs(a[feature]) + 1), f"running {name}")
-
-
-@law(
-    statement="a weight of k counts as the same value k times, and 0 as not at all",
-    bound=f"twice {SLACK}; running statistics as in running_closed_form",
-    source=COUNTS,
-    inputs=lambda s: {
-        "x": values((4, s.features)),
-        "weights": st.sampled_from([(2, 2, 2, 2), (1, 1, 2, 4), (5, 1, 1, 1), (3, 0, 4, 1)]),
-    },
-    needs=("batch", "weights", "rank 2"),
-)
-def weights_equal_repetition(subject, x, weights):
-    weights = np.array(weights)
-    repeated = np.repeat(x, weights, axis=0)
-    y, batch_stats = subject.run(x, weights=weights[:, None].astype(np.float32))
-    z, expected = subject.run(repeated)
-    bound = 2 * subject.output_bound(repeated)
-    agree(z, np.repeat(y, weights, axis=0), bound, "y repeated")
-    agree_running(subject, expected, batch_stats, [repeated])
 
 
 @law(
     statement="the statistics that y shows of two halves, merged by count, are those that it shows of the whole",
     bound=f"{SLACK}, and for each half 32 of it over the range of y, from which mean and variance were read",
     source=CHAN,
-    inputs=lambda s: {"x": _eight(s)},
+    inputs=lambda s: {"x": eight(s)},
     needs=("batch", "rank 2"),
 )
 def merged_halves(subject, x):
@@ -170,7 +51,7 @@ def _shown(subject, x):
         return mean, r**-2 - subject.eps, np.where(known, error, np.inf)
 
 
-# ---- spread over shards
+# ---- shards
 
 
 def vmapped(one):
@@ -199,7 +80,7 @@ def _as_shard(value):
 
 
 def _shards(subject):
-    return {"x": _eight(subject)}
+    return {"x": eight(subject)}
 
 
 def _agree_sharded(subject, x, mapped):
@@ -248,7 +129,7 @@ def shard_map_equals_concatenation(subject, x):
 
 def _uneven(subject):
     return {
-        "x": _eight(subject),
+        "x": eight(subject),
         "counts": st.sampled_from([(4, 1), (1, 3), (2, 0), (0, 4), (3, 4)]),
     }
 
@@ -273,7 +154,7 @@ def axis_name_with_unequal_masks(subject, x, counts):
     statement="with axis_name, the gradient of the sum of all shards' losses is that of the concatenation",
     bound="twice 8 slack r D (1 + X^2), see gradient_matches_float64",
     source=CHAN,
-    inputs=lambda s: _shards(s) | {"dy": _eight(s, offsets=(0.5,), scales=(1.0,))},
+    inputs=lambda s: _shards(s) | {"dy": eight(s, offsets=(0.5,), scales=(1.0,))},
     needs=("batch", "shards", "gradient", "rank 2"),
 )
 def axis_name_gradient(subject, x, dy):

@@ -1,18 +1,19 @@
 """Laws of derivatives: what the gradient is, what it is orthogonal to, where it must not go."""
 
-# ruff: noqa: D103  (a law's docstring is its statement)
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.testing import bounds, oracle
-from jaxbn.testing.bounds import FLOAT32
-from jaxbn.testing.laws import agree, law
-from jaxbn.testing.laws_value import IOFFE
+from jaxbn.testing import _bounds as bounds
+from jaxbn.testing import _oracle as oracle
+from jaxbn.testing._agree import LawDoesNotApplyError, agree, require
+from jaxbn.testing._bounds import FLOAT32
+from jaxbn.testing._law import law
+from jaxbn.testing._laws_value import IOFFE
+from jaxbn.testing._layer import as_float64
 from jaxbn.testing.strategies import values
-from jaxbn.testing.subject import as_float64
 
 EIGHT = "8 slack r D (1 + X^2), where slack = (n + 8) u (1 + (peak r)^2), D = max |scale dy|, X = max |xhat|"
 BACKWARD = "Ioffe and Szegedy 2015, section 3, the chain rule through mean and variance"
@@ -100,7 +101,7 @@ def gradient_matches_differences(subject, x, direction, dy):
     rho = np.sqrt(s.var.min()) / (4 * steepest)
     with jax.enable_x64(True):
         variables = subject.variables(x.shape)
-        u = bounds.roundoff(jnp.result_type(subject._runs[True](variables, x, None, None)[0]))
+        u = bounds.roundoff(jnp.result_type(subject.runs[True](variables, x, None, None)[0]))
         h = rho * u ** (1 / 3)
         high, low = (np.sum(dy * subject.train(x + t * direction, variables=variables)) for t in (h, -h))
         slope = np.sum(direction * subject.pull(x, dy, variables=variables)[0])
@@ -119,6 +120,8 @@ def gradient_matches_differences(subject, x, direction, dy):
 )
 def forward_equals_reverse(subject, x_dy):
     x, dy = x_dy
+    if missing := _no_forward_mode(subject, x):
+        raise LawDoesNotApplyError(missing)
     v = np.roll(dy, 1, axis=0)
     pushed = as_float64(_pushes(subject)(subject.variables(x.shape), x, v))
     agree(
@@ -127,6 +130,29 @@ def forward_equals_reverse(subject, x_dy):
         np.sum(2 * subject.gradient_bound(x, dy) * np.abs(v)) + _forward_bound(subject, x, v, dy),
         "<dy, J v>",
     )
+
+
+@law(
+    statement="there is a forward mode: what only has a custom_vjp cannot be differentiated by jvp, linearize, hessian",
+    bound="none: JAX can trace it",
+    source="jaxbn's promise: derivatives of every mode",
+    inputs=lambda s: {"x": values(s.shapes[0])},
+    needs=("gradient", "forward mode"),
+    examples=0,
+    promise=True,
+)
+def forward_mode_exists(subject, x):
+    missing = _no_forward_mode(subject, x)
+    require(not missing, missing)
+
+
+def _no_forward_mode(subject, x) -> str:
+    """Why JAX cannot differentiate the layer forwards, or "": a custom_vjp refuses with a TypeError when it runs."""
+    try:
+        _pushes(subject)(subject.variables(x.shape), x, x)
+    except TypeError as error:
+        return f"needs forward mode ({str(error).splitlines()[0]})"
+    return ""
 
 
 def _forward_bound(subject, x, v, dy):
@@ -217,10 +243,11 @@ def _linear(subject):
 @law(
     statement="running statistics get no gradient: not from the output, in either mode",
     bound="none: exactly 0",
-    source="they are averages of the past, not parameters",
+    source="jaxbn's promise: they are averages of the past, not parameters",
     inputs=lambda s: {"x": values(s.shapes[0])},
-    needs=("running", "gradient"),
+    needs=("running", "test mode", "gradient"),
     examples=0.2,
+    promise=True,
 )
 def running_statistics_get_no_gradient(subject, x):
     variables = subject.trained(x)
@@ -251,10 +278,11 @@ def _stats_pull(subject, train):
 @law(
     statement="the batch_stats that training returns carry no gradient back to x",
     bound="none: exactly 0",
-    source="a loss that reads them would train through the average",
+    source="jaxbn's promise: a loss that reads them must not train through the average",
     inputs=lambda s: {"x": values(s.shapes[0])},
     needs=("running", "gradient"),
     examples=0.2,
+    promise=True,
 )
 def updated_statistics_are_constants(subject, x):
     pulled = _cached(subject, "leak", lambda: subject.compiled(_leak(subject)))

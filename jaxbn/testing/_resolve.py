@@ -6,7 +6,7 @@ import importlib
 import sys
 from typing import Any
 
-from jaxbn.testing.signatures import parameters_of, takes_any_keyword
+from jaxbn.testing._signatures import parameters_of, takes_any_keyword
 
 
 class UnknownPathError(ValueError):

@@ -1,4 +1,4 @@
-"""Tolerances, derived: what rounding may cost an honest float32 program, and no more.
+"""Tolerances, derived: what rounding may cost a careful float32 program, and no more.
 
 Notation: u is the unit roundoff (2^-24 for float32), n the number of values in a set, peak the largest of their
 magnitudes, r = 1 / sqrt(var + epsilon). In any order of summation (Higham 2002, section 4.2), to first order:
@@ -8,22 +8,24 @@ magnitudes, r = 1 / sqrt(var + epsilon). In any order of summation (Higham 2002,
 - subtracting, the root, the division and the product add 6 u |xhat| + u peak r.
 
 Since peak r <= (1 + peak^2 r^2) / 2, all of it is below `slack` (1 + |xhat|) with slack = (n + 8) u (1 + peak^2 r^2).
-First order is not enough where slack is large (a constant far from zero): there the bound is infinite, and only laws
-made for such inputs speak.
+First order is not enough where slack is large (a constant far from zero): there the bound is infinite, and only the
+laws made for such inputs can fail.
 """
+
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.testing import oracle
-from jaxbn.testing.scope import Scope
+from jaxbn.testing import _oracle as oracle
+from jaxbn.testing._scope import Scope
 
 FLOAT32 = 2.0**-24
 # Beyond this the second order of rounding is no longer small beside the first.
 _FIRST_ORDER = 1 / 8
 
 
-def roundoff(dtype) -> float:
+def roundoff(dtype: Any) -> float:
     """Unit roundoff: half the distance from 1 to the next number."""
     return float(jnp.finfo(dtype).eps) / 2
 
@@ -43,14 +45,16 @@ def output(x: np.ndarray, scope: Scope, epsilon: float, weights: np.ndarray | No
         return scope.join(_known(slack(s) * (1 + np.abs(s.xhat))), np.shape(x))
 
 
-def gradient(x: np.ndarray, g: np.ndarray, scope: Scope, epsilon: float) -> np.ndarray:
+def gradient(
+    x: np.ndarray, g: np.ndarray, scope: Scope, epsilon: float, weights: np.ndarray | None = None
+) -> np.ndarray:
     """How far dx may lie from the exact one, of x's shape.
 
     With D = max |g| and X = max |xhat| of a set the three terms of dx are at most r D, r D and r D X^2. Each is off by
     slack of itself for its factor r and for its sum, and the third by 2 X (1 + X) slack for xhat: together less than
     8 slack r D (1 + X^2).
     """
-    s = oracle.standardize(x, scope, epsilon)
+    s = oracle.standardize(x, scope, epsilon, weights)
     size = np.abs(scope.split(np.asarray(g, np.float64))).max(0)
     with np.errstate(invalid="ignore"):
         bound = _known(8 * slack(s) * s.rstd * size * (1 + np.abs(s.xhat).max(0) ** 2))
@@ -73,5 +77,5 @@ def affine(values: np.ndarray, mean: np.ndarray, rstd: np.ndarray) -> np.ndarray
     return 16 * FLOAT32 * rstd * (np.abs(values) + np.abs(mean))
 
 
-def _known(bound):
+def _known(bound: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(bound), np.inf, bound)

@@ -1,15 +1,16 @@
-"""What a normalizer does not say of itself, read off its outputs: epsilon, running statistics, their rule.
+"""What a layer does not state, read off its outputs: epsilon, running statistics, the rule that they follow.
 
-Everything is read through y, so that it works for every library, whatever its state looks like inside.
+Everything is read from y, so it works for every library, whatever its state looks like inside.
 """
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxbn.testing import oracle
-from jaxbn.testing.bounds import FLOAT32
+from jaxbn.testing import _oracle as oracle
+from jaxbn.testing._bounds import FLOAT32
+from jaxbn.testing._layer import Layer
 
 # Far enough from zero that the slope is free of the mean, near enough that float32 keeps both.
 _FAR = 64.0
@@ -17,33 +18,33 @@ _FAR = 64.0
 _FITS = 2e-4
 
 
-def read_running(subject, variables) -> tuple[np.ndarray, np.ndarray]:
+def read_running(layer: Layer, variables: Any, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
     """Running mean and variance, [features] each, as evaluation uses them.
 
     With scale 1 and bias 0, y = (x - mean) r: from y(0) = -mean r and y(far) - y(-far) = 2 far r. The mean comes with a
     relative error of at most 16 u, var + epsilon with 32 u.
     """
-    shape = subject.shapes[0]
+    shape = layer.shapes[0]
     x = np.zeros((int(np.prod(shape[:-1])), shape[-1]), np.float32)
     x[1], x[2] = _FAR, -_FAR
-    y = subject.evaluate(x.reshape(shape), variables).reshape(x.shape)
+    y = layer.evaluate(x.reshape(shape), variables).reshape(x.shape)
     with np.errstate(divide="ignore", invalid="ignore"):
         r = (y[1] - y[2]) / (2 * _FAR)
-        return -y[0] / r, r**-2 - subject.eps
+        return -y[0] / r, r**-2 - epsilon
 
 
-def measure_epsilon(subject) -> float:
+def measure_epsilon(layer: Layer) -> float:
     """Epsilon of an output that should be x / sqrt(var + epsilon), by inputs a and -a: epsilon = a^2 / y^2 - a^2.
 
-    Of a ladder of a the one where y^2 is nearest to 1/2 tells most. Zero where none is.
+    Of several sizes a the one at which y^2 is nearest to 1/2 tells most. Returns 0 where y^2 is near 1/2 at none.
     """
-    shape = subject.shapes[0]
+    shape = layer.shapes[0]
     # Signs that alternate within every set, whatever the scope.
-    values = subject.scope.split(np.empty(shape)).shape
-    signs = subject.scope.join(np.where(np.arange(values[0])[:, None] % 2, 1.0, -1.0) * np.ones(values), shape)
+    values = layer.scope.split(np.empty(shape)).shape
+    signs = layer.scope.join(np.where(np.arange(values[0])[:, None] % 2, 1.0, -1.0) * np.ones(values), shape)
     implied = []
     for a in 2.0 ** np.arange(1, -26, -1):
-        square = float(np.mean(subject.train((a * signs).astype(np.float32)) ** 2))
+        square = float(np.mean(layer.train((a * signs).astype(np.float32)) ** 2))
         if 0.2 < square < 0.8:
             implied.append((abs(square - 0.5), a * a / square - a * a))
     return _rounded(min(implied)[1]) if implied else 0.0
@@ -115,37 +116,50 @@ class Rule(NamedTuple):
         return list(zip(means, variances, strict=True))
 
 
-def recognize_rule(subject) -> Rule:
-    """The rule that fits three batches of different mean and variance best, of those that its maker leaves open."""
-    shape = subject.shapes[0]
+def recognize_rule(
+    layer: Layer,
+    *,
+    epsilon: float,
+    decay: float | None = None,
+    kind: str | None = None,
+    unbiased: bool | None = None,
+) -> Rule:
+    """The rule that best fits the running statistics after three batches of different mean and variance.
+
+    Args:
+      layer: what is measured.
+      epsilon: of the layer.
+      decay: as stated; None measures it.
+      kind: a key of `RULES`, as stated; None tries all.
+      unbiased: as stated; None tries both.
+    """
+    shape = layer.shapes[0]
     pattern = np.where(np.arange(int(np.prod(shape[:-1]))) % 2, 1.0, -1.0).reshape(*shape[:-1], 1)
     batches = [
         np.broadcast_to(mean + deviation * pattern, shape).astype(np.float32)
         for mean, deviation in ((4, 1), (-2, 2), (7, 3))
     ]
-    variables = subject.variables(shape)
-    readings = [read_running(subject, variables)]
+    variables = layer.variables(shape)
+    readings = [read_running(layer, variables, epsilon)]
     for x in batches:
-        variables = {**variables, "batch_stats": subject.run(x, variables=variables)[1]}
-        readings.append(read_running(subject, variables))
+        variables = {**variables, "batch_stats": layer.run(x, variables=variables)[1]}
+        readings.append(read_running(layer, variables, epsilon))
     means = [float(mean[0]) for mean, _ in readings]
-    kinds = list(RULES) if subject.rule is None else [subject.rule]
-    flavours = (False, True) if subject.unbiased is None else (subject.unbiased,)
+    kinds = list(RULES) if kind is None else [kind]
+    flavours = (False, True) if unbiased is None else (unbiased,)
     candidates = [
-        Rule(kind, _decay(subject, kind, batches, means), unbiased, readings[0])
+        Rule(kind, _implied_decay(kind, batches, means) if decay is None else decay, unbiased, readings[0])
         for kind in kinds
         for unbiased in flavours
     ]
-    sets = [subject.scope.split(x) for x in batches]
+    sets = [layer.scope.split(x) for x in batches]
     best = min(candidates, key=lambda rule: _misfit(rule, sets, readings[1:]))
     return best._replace(fits=_misfit(best, sets, readings[1:]) <= _FITS)
 
 
-def _decay(subject, kind, batches, means):
-    if subject.decay is not None:
-        return subject.decay
+def _implied_decay(kind: str, batches: Sequence[np.ndarray], means: Sequence[float]) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
-        decay = float(RULES[kind][1]([np.float64(x.mean()) for x in batches[:2]], np.float64(means)))
+        decay = float(RULES[kind][1]([np.float64(x.mean()) for x in batches[:2]], np.asarray(means)))
     short = round(decay, 4) if np.isfinite(decay) else 0.0
     # Written by hand, so it has few digits; the readings are good to a millionth.
     return short if not np.isfinite(decay) or abs(short - decay) < 16 * FLOAT32 * 8 else decay

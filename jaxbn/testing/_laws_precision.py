@@ -1,15 +1,16 @@
 """Laws of precision and of compilation: hard inputs, narrow dtypes, no retracing."""
 
-# ruff: noqa: D103  (a law's docstring is its statement)
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxbn.testing import bounds, oracle
-from jaxbn.testing.bounds import FLOAT32
-from jaxbn.testing.laws import agree, law, require
-from jaxbn.testing.laws_running import agree_running
+from jaxbn.testing import _bounds as bounds
+from jaxbn.testing import _oracle as oracle
+from jaxbn.testing._agree import agree, require
+from jaxbn.testing._bounds import FLOAT32
+from jaxbn.testing._law import law
+from jaxbn.testing._laws_running import agree_running
 from jaxbn.testing.strategies import values
 
 # |mean| / std up to about a million, and magnitudes whose squares leave the range of float32: powers of two, exact.
@@ -44,8 +45,9 @@ def _place(integers, ratio, size):
 @law(
     statement="far from zero, y is off by no more than rounding the mean to one float costs: backward stable",
     bound="(n + 8) u (1 + peak r) (1 + |xhat|): any two-pass formula keeps it, E[x^2] - E[x]^2 does not",
-    source="Higham 2002, section 1.9; Chan, Golub and LeVeque 1983",
+    source="jaxbn's promise; Higham 2002, section 1.9; Chan, Golub and LeVeque 1983",
     inputs=_far,
+    promise=True,
 )
 def backward_stable(subject, x):
     s = subject.standardized(x)
@@ -60,6 +62,7 @@ def backward_stable(subject, x):
     bound=SIXTEEN,
     source="jaxbn's promise; stricter than backward stability",
     inputs=_far,
+    promise=True,
 )
 def hard_inputs(subject, x):
     s, split = subject.standardized(x), subject.scope.split
@@ -73,11 +76,12 @@ def _hard_pairs(subject):
 
 
 @law(
-    statement="gradients of hard inputs too",
+    statement="gradients of hard inputs stay within a stated bound of float64",
     bound="16 u of the norms of the three terms, the sums inside them taken of absolute values",
     source="jaxbn's promise",
     inputs=_hard_pairs,
     needs=("gradient",),
+    promise=True,
 )
 def hard_gradients(subject, x_dy):
     x, dy = x_dy
@@ -106,12 +110,13 @@ def _narrow(subject):
 @law(
     statement="low precision in, float32 inside: y is the float32 answer rounded once to x's dtype",
     bound="u |y| of the narrower of x's dtype and y's, and the float32 bound (n + 8) u (1 + (peak r)^2) (1 + |xhat|)",
-    source="Micikevicius et al. 2018, section 3.1",
+    source="jaxbn's promise; Micikevicius et al. 2018, section 3.1",
     inputs=_narrow,
+    promise=True,
 )
 def low_precision_output(subject, x, dtype):
     x = jnp.asarray(x, dtype)
-    y, _ = subject._runs[True](subject.variables(x.shape), x, None, None)
+    y, _ = subject.runs[True](subject.variables(x.shape), x, None, None)
     require(jnp.issubdtype(y.dtype, jnp.floating), f"y has dtype {y.dtype}")
     exact = np.asarray(x, np.float64)
     expected = subject.exact(exact)
@@ -122,14 +127,15 @@ def low_precision_output(subject, x, dtype):
 @law(
     statement="running statistics of low precision inputs are as exact as those of float32",
     bound="as running_closed_form, twice",
-    source="Micikevicius et al. 2018, section 3.1",
+    source="jaxbn's promise; Micikevicius et al. 2018, section 3.1",
     inputs=lambda s: _narrow(s) | {"x": values(s.shapes[0], scales=(1.0,))},
-    needs=("batch", "running"),
+    needs=("batch", "running", "test mode"),
     examples=0.5,
+    promise=True,
 )
 def low_precision_statistics(subject, x, dtype):
     narrow = jnp.asarray(x, dtype)
-    batch_stats = subject._runs[True](subject.variables(x.shape), narrow, None, None)[1]
+    batch_stats = subject.runs[True](subject.variables(x.shape), narrow, None, None)[1]
     same = np.asarray(narrow, np.float32)
     agree_running(subject, subject.run(same)[1], batch_stats, [same])
 
@@ -137,10 +143,11 @@ def low_precision_statistics(subject, x, dtype):
 @law(
     statement="nothing retraces: the second step, on the statistics that the first returned, reuses its program",
     bound="none: one trace",
-    source="a retrace each step costs more than the layer",
+    source="jaxbn's promise: a retrace each step costs more than the layer",
     inputs=lambda s: {"shape": st.just(s.shapes[0])},
     needs=("jit",),
     examples=0.2,
+    promise=True,
 )
 def no_retrace(subject, shape):
     traces = 0
