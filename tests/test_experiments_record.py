@@ -228,15 +228,15 @@ def test_a_damaged_configuration_is_refused(tmp_path):
 
 
 class DiskIsFull:
-    """Lets so many writes pass and fails the next one, as a full disk does."""
+    """Lets so many writes pass and fails the next one, as a full disk does, or with another error."""
 
-    def __init__(self, writes):
-        self.left = writes
+    def __init__(self, writes, number=errno.ENOSPC):
+        self.left, self.number = writes, number
 
     def __call__(self, file):
         self.left -= 1
         if self.left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(self.number, os.strerror(self.number))
 
 
 def measure(directory):
@@ -267,6 +267,37 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(tmp_path, monkey
         measure(tmp_path / "run")
     for name in ("metrics.jsonl", "progress.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("writes", [0, 1, 2, 3, 4])
+def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, number, writes):
+    monkeypatch.setattr(os, "fsync", DiskIsFull(writes, number))
+    advice = "make room" if number == errno.EDQUOT else "choose another --out"
+    with pytest.raises(UserError, match=rf"cannot write .*\({os.strerror(number)}\): {advice}"):
+        open_record(tmp_path / "run", CONFIG).finish("one", [{"n": 1}])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("config.json", r"cannot read .*config.json \(Is a directory\): make it readable"),
+        ("progress.json", r"cannot write .*progress.json \(Is a directory\)"),
+        ("checkpoints", r"cannot write .*2 \(File exists\)"),
+        ("metrics.jsonl", ""),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_or_mended(tmp_path, name, words):
+    """Here since there is something else in its place."""
+    open_record(tmp_path / "run", CONFIG).finish("one", [{"n": 1}])
+    path = tmp_path / "run" / name
+    path.rename(tmp_path / name)
+    path.mkdir() if path.suffix else path.touch()
+    if not words:
+        assert open_record(tmp_path / "run", CONFIG, [].append).rows() == [{"n": 1}]
+        return
+    with pytest.raises(UserError, match=words):
+        open_record(tmp_path / "run", CONFIG, [].append).finish("two", [{"n": 2}])
 
 
 def test_a_full_disk_at_the_start_leaves_nothing(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,7 +136,7 @@ def _train(settings: Settings, directory: Path, options: Options, terminator: Te
         began = began or (done, time.monotonic())  # after the first dispatch, which compiles
         _say(
             f"step {done} of {settings.steps}: loss {row['loss']:.4f}{rate}"
-            + (f"; {of_interval}" if of_interval.count else "")
+            + (f"; {of_interval}" if of_interval.number else "")
         )
         stop, hopeless = processes.stop_requested(terminator), refused.in_a_row >= options.give_up_after
         if stop or hopeless or done >= settings.steps or done - saved >= options.save_every:
@@ -170,7 +170,7 @@ def _open(settings: Settings, directory: Path, dataset: data.Dataset) -> _Run:
 
 
 def _record(settings: Settings, directory: Path, dataset: data.Dataset) -> Record:
-    config = {
+    config: dict[str, Any] = {
         "experiment": f"train {settings.name}",
         "preset": None,
         "settings": {**settings._asdict(), **RECIPES[settings.name].described()},
@@ -196,7 +196,7 @@ def _row(done: int, metrics: dict, refused: Refusals) -> dict:
     """A row of metrics.jsonl: means over the steps that were taken, and what is to be said of those refused."""
     taken = metrics["skipped"] == 0
     means = {name: np.mean(metrics[name][taken]) if taken.any() else np.nan for name in ("loss", "accuracy")}
-    return {"step": done, **means, **({"refused": refused.to_json()} if refused.count else {})}
+    return {"step": done, **means, **({"refused": refused.to_json()} if refused.number else {})}
 
 
 def _conclude(
@@ -210,7 +210,7 @@ def _conclude(
         refused = together(run.record.rows())
         summary |= {"accuracy": float(accuracy(variables, images, labels)), "refused": refused.to_json()}
         write_json(run.directory / "summary.json", compact(summary))
-        also = f"; {refused}" if refused.count else ""
+        also = f"; {refused}" if refused.number else ""
         say(f"test accuracy {summary['accuracy']:.4f}{also}; results in {run.directory}")
     say(f"process {jax.process_index()} of {jax.process_count()}: step {settings.steps}, sha256 {summary['sha256']}")
     return summary
