@@ -125,3 +125,8 @@ def test_training_without_a_key_is_refused():
     norm = variants.noisy(jaxbn.identity())
     with pytest.raises(ValueError, match="rng="):
         norm.apply({"batch_stats": {}}, X, train=True)
+
+
+def test_gains_below_one_are_refused():
+    with pytest.raises(ValueError, match=r"scale_range=0\.5"):
+        variants.noisy(jaxbn.batch_norm(), scale_range=0.5)

@@ -42,10 +42,12 @@ def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **opti
     norm = batch_norm(**options)
 
     def init(key, x):
-        shared_key, *keys = jax.random.split(key, num_domains + 1)
-        each = jax.vmap(lambda k: norm.init(k, jax.ShapeDtypeStruct(x.shape, x.dtype)))(jnp.stack(keys))
-        params = norm.init(shared_key, x)["params"] if share_affine else each["params"]
-        return {"params": params, "batch_stats": each["batch_stats"]}
+        x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        if share_affine:
+            one = norm.init(key, x)
+            rows = jax.tree.map(lambda v: jnp.broadcast_to(v, (num_domains, *v.shape)), one["batch_stats"])
+            return {"params": one["params"], "batch_stats": rows}
+        return jax.vmap(lambda k: norm.init(k, x))(jax.random.split(key, num_domains))
 
     def apply(variables, x, *, train, domain=None, where=None, weights=None, rng=None, residual=None):
         x = inexact(x)
