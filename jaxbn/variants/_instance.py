@@ -1,6 +1,7 @@
 """Instance normalization: every feature map of every example by itself."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def instance_norm(
         check_several(x, axes, axis_group_of(axis_name, None))
         # As the statistics: without the axes reduced, and with ones for those of the batch.
         scale, bias = (None if v is None else jnp.squeeze(v, axes) for v in map(params.get, ("scale", "bias")))
-        how = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=dtype)
+        how: dict[str, Any] = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=dtype)
         y, _ = batch_normalize(x, scale, bias, weights=weights, residual=residual, activation=activation, **how)
         return y
 

@@ -1,6 +1,7 @@
 """Layer normalization: every example by its own mean and variance over its units."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,7 @@ def layer_norm(
     def compute(x, params, weights, residual):
         axes = canonical_axes(axis, x.ndim)
         check_several(x, axes, axis_group_of(axis_name, None))
-        how = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=stats_dtype(x))
+        how: dict[str, Any] = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=stats_dtype(x))
         xhat, _ = batch_normalize(x, weights=weights, **how)
         return scale_shift(
             xhat, params.get("scale"), params.get("bias"), residual, activation, jnp.dtype(dtype or x.dtype)

@@ -114,9 +114,8 @@ def whitening_norm(
             whitening = _inverse_root(axis_group.select_group(covariances))
             batch_stats = _moved(batch_stats, rows, covariances, whitening)
         else:
-            kept = lax.stop_gradient(batch_stats)
-            c = silenced(x - along(kept["mean"], x.ndim, feature_axis), weights)
-            whitening = kept["whitening"]
+            mean, whitening = (lax.stop_gradient(batch_stats[name]) for name in ("mean", "whitening"))
+            c = silenced(x - along(mean, x.ndim, feature_axis), weights)
         xhat = _merged(_product("ngi,gij->ngj", _rows(c), whitening), x)
         scale, bias = (along(params.get(name), x.ndim, feature_axis) for name in ("scale", "bias"))
         return scale_shift(xhat, scale, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
