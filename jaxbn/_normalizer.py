@@ -1,6 +1,5 @@
 """The one type that every variant fits."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -81,25 +80,6 @@ class Normalizer(Made, _Functions):
     ) -> "Normalizer":
         """Put two functions together; each takes the arguments of its protocol, and those it names itself."""
         return super().__new__(cls, cast(Init, init), cast(Apply, apply))
-
-    @property
-    def shares_rng(self) -> bool:
-        """Whether all layers of a network take one key, and not each its own, for each pass through the network.
-
-        So it is for what draws once for the whole network, as `stochastic_batch_norm` draws a batch. The modules of
-        `jaxbn.linen` and `jaxbn.nnx` give keys accordingly.
-        """
-        return getattr(self.apply, "shares_rng", False)
-
-    def sharing_rng(self) -> "Normalizer":
-        """The same normalizer, one whose layers take one key."""
-
-        @functools.wraps(self.apply)
-        def apply(*args, **kwargs):
-            return self.apply(*args, **kwargs)
-
-        apply.shares_rng = True  # type: ignore[attr-defined]  # Functions take attributes.
-        return Normalizer(self.init, apply)
 
 
 def check_mode(train: bool) -> None:

@@ -156,8 +156,7 @@ def recordable(
         records = mode_of(variables.get("batch_stats", {})) in (Mode.BY_BATCH, Mode.BY_RUNNING)
         return (recording if records else norm).apply(variables, x, **arguments)
 
-    both = Normalizer(norm.init, apply)
-    return both.sharing_rng() if norm.shares_rng else both
+    return type(norm)(norm.init, apply)
 
 
 def unrecordable(norm: Normalizer, reason: str) -> Normalizer:

@@ -136,7 +136,7 @@ class Norm(nn.Module):
       norm: the Normalizer.
       use_running_average: as in `BatchNorm`; True calls it with train=False.
       rng_collection: name of the stream of random keys. Where `apply` was given one of that name, the normalizer gets
-        a key from it as `rng`: its own, or where it `shares_rng` the one that `apply` was given, as all layers do.
+        a key from it as `rng`.
     """
 
     norm: Normalizer
@@ -168,9 +168,7 @@ class Norm(nn.Module):
         arguments = with_mask(arguments, mask)
         params, stats = self._variables(x)
         if "rng" not in arguments and self.has_rng(self.rng_collection):
-            # The key that `apply` was given, or one made of it for this layer alone.
-            stream = self.scope.rngs[self.rng_collection]
-            arguments["rng"] = stream.rng if self.norm.shares_rng else self.make_rng(self.rng_collection)
+            arguments["rng"] = self.make_rng(self.rng_collection)
         variables = {"params": params, "batch_stats": {name: v.value for name, v in stats.items()}}
         train = not (use_running_average or self.is_initializing())
         y, moved = self.norm.apply(variables, x, train=train, **arguments)

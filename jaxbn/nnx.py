@@ -193,8 +193,7 @@ class Norm(nnx.Module):
         number of features, which stands for float32 of shape [1, features].
       use_running_average: as in `BatchNorm`: True calls it with train=False; `train()` and `eval()` set it.
       rngs: its "params" stream makes the initial params. Where it has a stream named `rng_collection`, the normalizer
-        gets a key from a fork of it as `rng` in each call. Layers of a normalizer that `shares_rng` fork nothing:
-        theirs start at the stream's own key and step alike, so that all get one key in each pass.
+        gets a key from a fork of it as `rng` in each call.
       rng_collection: name of that stream.
     """
 
@@ -213,7 +212,7 @@ class Norm(nnx.Module):
         self.params = nnx.data(jax.tree.map(nnx.Param, variables["params"]))
         self.batch_stats = nnx.data(jax.tree.map(nnx.BatchStat, variables["batch_stats"]))
         self.use_running_average = use_running_average
-        self.rngs = _stream(rngs[rng_collection], norm) if rng_collection in rngs else nnx.data(None)
+        self.rngs = rngs[rng_collection].fork() if rng_collection in rngs else nnx.data(None)
 
     def __call__(
         self,
@@ -254,11 +253,6 @@ class Norm(nnx.Module):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
-
-
-def _stream(stream, norm):
-    """A stream for one layer: its own, or one that starts and steps as those of all layers of the network do."""
-    return nnx.RngStream(stream.key[...], tag=stream.tag) if norm.shares_rng else stream.fork()
 
 
 def _chosen(in_call: bool | None, in_module: bool | None) -> bool:

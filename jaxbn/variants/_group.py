@@ -33,7 +33,9 @@ def group_norm(
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     activation: Activation | None = None,
 ) -> Normalizer:
-    """Group normalization (Wu and He 2018, equations 1, 6 and 7); no running state, both modes alike.
+    """Group normalization (Wu and He 2018, equations 1, 6 and 7).
+
+    It keeps no running statistics: training and evaluation compute the same.
 
     The channels fall into groups of neighbours; mean and var are those of one group of one example, over all positions.
     One group is layer normalization over everything, as many groups as channels is instance normalization. `apply` also

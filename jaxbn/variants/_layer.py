@@ -31,7 +31,9 @@ def layer_norm(
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     activation: Activation | None = None,
 ) -> Normalizer:
-    """Layer normalization (Ba, Kiros and Hinton 2016, equations 3 and 4); no running state, both modes alike.
+    """Layer normalization (Ba, Kiros and Hinton 2016, equations 3 and 4).
+
+    It keeps no running statistics: training and evaluation compute the same.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias with mean and var over `axis`, one pair per example (and per
     position, where x has more axes). `apply` also takes `residual`, an array of x's shape added before the activation.

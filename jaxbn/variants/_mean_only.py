@@ -92,7 +92,7 @@ def mean_only_batch_norm(
         return finish(c, bias, residual, x), over_all_groups(lax.stop_gradient(rows), axis_group)
 
     def _update(batch_stats, moments):
-        # The variance, which may overflow where the mean does not, is nobody's concern here.
+        # The variance is not used, so a variance that overflows must not make the batch be refused.
         moments = Moments(moments.count, moments.mean, jnp.zeros_like(moments.var))
         return update_batch_stats(batch_stats, moments, decay=decay, skip_nonfinite=skip_nonfinite)
 

@@ -42,9 +42,7 @@ def stochastic_batch_norm(
     In training this is batch norm that also records the moments of each batch in a bank of the latest `bank_size`. At
     test time with `rng` it normalizes by those of one recorded batch, drawn uniformly: the outputs over many keys are
     samples of the approximate posterior predictive distribution. Without `rng`, or with an empty bank, it uses
-    the running statistics. One key for all layers draws the same batch in each, as in the paper: the
-    modules of `jaxbn.linen` and `jaxbn.nnx` give all of them one key. With `axis_index_groups` the bank holds the
-    moments of all groups together, which are the same on every shard. To record the
+    the running statistics. One key for all layers draws the same batch in each, as in the paper. To record the
     batches that belong to the final weights, train the last steps with a learning rate of 0.
 
     Args:
@@ -115,7 +113,7 @@ def stochastic_batch_norm(
     update = partial(_record, decay=decay, bank_size=bank_size)
     measuring = MeasuringNormalizer(init, train, evaluate)
     everyone = axis_group._replace(groups=None)
-    return running_normalizer(measuring, update, feature_axis=feature_axis, axis_group=everyone).sharing_rng()
+    return running_normalizer(measuring, update, feature_axis=feature_axis, axis_group=everyone)
 
 
 def _draw(batch_stats, rng, bank_size):

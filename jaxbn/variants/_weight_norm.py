@@ -12,7 +12,7 @@ from jaxbn.variants._root_mean_square import root_mean_square_normalize
 
 
 def weight_norm(direction: jax.Array, gain: jax.Array, *, feature_axis: int = -1) -> jax.Array:
-    """The kernel gain * direction / ||direction||, one norm per output feature (Salimans and Kingma 2016, equation 2).
+    """The kernel `gain * direction / ||direction||`, one norm a feature (Salimans and Kingma 2016, equation 2).
 
     Args:
       direction: kernel of a dense layer or a convolution, its output features along `feature_axis`.
@@ -32,7 +32,7 @@ def weight_norm(direction: jax.Array, gain: jax.Array, *, feature_axis: int = -1
 
 
 def weight_norm_split(kernel: jax.Array, *, feature_axis: int = -1) -> tuple[jax.Array, jax.Array]:
-    """The direction and gain that `weight_norm` makes this kernel of: the kernel itself, and its norms.
+    """The direction and gain from which `weight_norm` makes this kernel: the kernel itself, and its norms.
 
     Args:
       kernel: of a dense layer or a convolution, its output features along `feature_axis`.
@@ -71,7 +71,7 @@ def weight_norm_init(
 def _split(kernel, feature_axis):
     """The kernel over its norms, and the norms, over all axes but the features'; zero over zero is zero."""
     axes = reduced_axes(kernel.ndim, feature_axis)
-    # Changes no norm of weights above 1e-11 or so, and keeps zeros from 0 / 0.
+    # Too small to change the norm of weights above 1e-11 or so; a direction of zeros gives 0 and not 0 / 0.
     tiny = jnp.asarray(1e-30)
     root = root_mean_square_normalize(kernel, tiny, None, axes, AxisGroup())
     unit = root / jnp.sqrt(jnp.asarray(size_of(kernel.shape, axes), root.dtype))

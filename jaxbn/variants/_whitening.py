@@ -142,7 +142,7 @@ def whitening_norm(
         rows = _rows(c)
         share = safe_divide(jnp.ones((), rows.dtype), jnp.max(axis_group.select_group(counts)))
         if weights is None:
-            # Each factor takes its root of the share, so that the sum of squares has room in float32.
+            # Each factor is multiplied by the root of the share, so that the sum of squares does not overflow.
             rows = rows * jnp.sqrt(share)
             return _total(_product("ngi,ngj->gij", rows, rows))
         (axis,) = canonical_axes(feature_axis, c.ndim, "feature_axis")
