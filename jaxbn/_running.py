@@ -139,7 +139,9 @@ def _exponential(old, batch, decay):
 
 def _cumulative(old, batch):
     weight = old["weight"] + 1
-    average = {name: old[name] + (batch[name] - old[name]) / weight for name in ("mean", "var")}
+    # The first batch replaces what was there: 1 + (var - 1) would round a small variance to the precision of 1.
+    start = {name: jnp.where(old["weight"] > 0, old[name], batch[name]) for name in ("mean", "var")}
+    average = {name: value + (batch[name] - value) / weight for name, value in start.items()}
     return average | {"weight": weight}
 
 

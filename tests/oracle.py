@@ -15,6 +15,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn.testing._oracle import centred, gradient_terms
+
 TINY = float(np.finfo(np.float32).tiny)  # The smallest normal float32: XLA's CPU backend flushes what is below it.
 BOUND = 1e-6  # The library's promise: norm-wise, about eight units in the last place of float32 (2^-24 each).
 
@@ -41,15 +43,6 @@ def _broadcast_weights(x, axis, where, weights):
     return w, _sum(w, axis)
 
 
-def centred(x, axis, w, total):
-    """Mean and deviations, [features with ones] and x's shape, by two passes and the residual mean of the second."""
-    share = w / np.where(total > 0, total, 1.0)
-    mean = _sum(share * x, axis)
-    c = x - mean
-    residual = _sum(share * c, axis)
-    return mean + residual, c - residual, share
-
-
 def reference(x, dy=None, scale=None, bias=None, *, axis, epsilon=1e-5, where=None, weights=None):
     """Return the float64 (complex128) `Reference` and the size of the terms of each of its entries.
 
@@ -69,12 +62,11 @@ def reference(x, dy=None, scale=None, bias=None, *, axis, epsilon=1e-5, where=No
     s = np.ones(()) if scale is None else np.expand_dims(np.asarray(scale, np.float64), axis)
     b = np.zeros(()) if bias is None else np.expand_dims(np.asarray(bias, np.float64), axis)
     w, total = _broadcast_weights(x, axis, where, weights)
-    mean, c, share = centred(x, axis, w, total)
+    mean, c, share = centred(x, axis, w)
     var = _sum(share * np.abs(c) ** 2, axis)
     r = 1 / np.sqrt(var + epsilon)
     xhat, norm = r * c, lambda v: np.sqrt(_sum(np.abs(v) ** 2, axis))
-    correlation = _sum((s * dy * xhat).real, axis)
-    terms = s * r * dy, -share * s * r * _sum(dy, axis), -share * r * correlation * xhat.conj()
+    terms = gradient_terms(s * dy, xhat, r, share, axis)
     exact = Reference(
         y=s * xhat + b,
         count=total,

@@ -30,6 +30,7 @@ QUICK = (
     laws.running_closed_form,
     laws.statistics_keep_structure,
     laws.eval_treats_examples_independently,
+    laws.evaluation_closed_form,
 )
 
 
@@ -147,6 +148,10 @@ def test_every_normalizer_is_listed():
 def test_batch_norm_keeps_every_law():
     report = laws.check(jaxbn.batch_norm, strict=True)
     assert [outcome.status for outcome in report.outcomes] == ["holds"] * len(laws.LAWS)
+
+
+def test_first_batch_of_a_cumulative_average_replaces_what_was_there():
+    laws.check(jaxbn.batch_norm(decay=None), [laws.evaluation_closed_form], ranks=(2,))
 
 
 @pytest.mark.parametrize("name", [name for name in LISTED if name != "batch_norm"])

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from oracle import reference
 from planted_defects import Textbook, factory
 
 import jaxbn
@@ -66,14 +65,6 @@ def test_ghost_scope_is_runs_of_examples(rng):
 
 
 # ---- oracle
-
-
-@pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_oracle_agrees_with_the_one_of_the_other_tests(offset, rng):
-    x, dy = offset + rng.normal(size=(12, 3)), rng.normal(size=(12, 3))
-    exact, _ = reference(x, dy, axis=0, epsilon=0.1)
-    np.testing.assert_allclose(oracle.normalize(x, laws.BATCH, 0.1), exact.y, rtol=1e-9, atol=1e-9)
-    np.testing.assert_allclose(oracle.gradient(x, dy, laws.BATCH, 0.1), exact.dx, rtol=1e-9, atol=1e-9)
 
 
 def test_weights_of_the_oracle_repeat_values(rng):

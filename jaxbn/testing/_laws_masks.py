@@ -98,19 +98,20 @@ def mask_silences(subject, x_dy, kept, left_out):
     agree(np.zeros(dx.shape)[~everywhere], dx[~everywhere], 0, "dx of what is left out")
     limit = 2 * subject.gradient_bound(zeros, dy, mask)
     agree(expected[everywhere], dx[everywhere], limit[everywhere], "dx of what counts")
-    with np.errstate(invalid="ignore"):
-        terms = np.abs(dy) * (1 + np.abs(subject.exact(zeros, mask)) + bound)
-    total = np.where(everywhere, terms, 0).reshape(-1, x.shape[-1]).sum(0)
+    error = _per_feature(np.abs(dy), bound, everywhere)
+    terms = _per_feature(np.abs(dy), 1 + np.abs(subject.exact(zeros, mask)), everywhere)
+    rounding = 2 * ((len(kept) + 8) * FLOAT32 * terms + error)
     for name, a, b in zip(("dscale", "dbias"), expected_params, params, strict=True):
         if a is not None and b is not None:
-            rounding = 2 * (len(kept) + 8) * FLOAT32 * total + 2 * _summed(np.abs(dy) * bound, everywhere)
             agree(a, b, rounding, name)
 
 
-def _summed(v, counted):
+def _per_feature(size, factor, counted):
+    """Sum of size times factor over what counts, [features]; infinite where a factor is not known."""
     with np.errstate(invalid="ignore"):
-        found = np.where(counted, v, 0).reshape(-1, v.shape[-1]).sum(0)
-    return np.where(np.isnan(found), np.inf, found)
+        product = np.where(counted & (size > 0), size * factor, 0)
+    total = product.reshape(-1, product.shape[-1]).sum(0)
+    return np.where(np.isnan(total), np.inf, total)
 
 
 @law(
