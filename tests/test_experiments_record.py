@@ -211,6 +211,40 @@ def test_no_finished_stage_is_thrown_away_for_a_checkpoint(tmp_path, newest_is_w
         open_record(tmp_path / "run", CONFIG, [].append)
 
 
+def with_arrays(directory):
+    """A finished run whose result is the arrays of its newest checkpoint."""
+    record = open_record(directory, CONFIG)
+    for step in (10, 20, 30):
+        record.append([{"step": step}])
+        record.commit({"w": np.full(3, step, np.float32)}, step, position={"step": step}, finished=step == 30)
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_of_a_state_the_newest_whole_checkpoint_is_used_else_the_run_starts_over(tmp_path, damaged):
+    with_arrays(tmp_path / "run")
+    for number in (30, 20)[:damaged]:
+        seal = tmp_path / "run" / "checkpoints" / str(number) / "seal.json"
+        seal.write_text(seal.read_text()[:-5])
+    said = []
+    record = open_record(tmp_path / "run", CONFIG, said.append)
+    assert record.rows() == [{"step": step} for step in (10, 20, 30)][: (3, 2, 0)[damaged]]
+    assert record.finished == (damaged == 0)
+    assert sum("is damaged" in line for line in said) == damaged
+    assert (
+        said[damaged:]
+        == [
+            [],
+            ["continuing from step 20, not from step 30"],
+            ["continuing from the start, not from step 30"],
+        ][damaged]
+    )
+    if damaged < 2:
+        like = {"w": jax.ShapeDtypeStruct((3,), np.dtype(np.float32))}
+        np.testing.assert_array_equal(record.restore(like)["w"], (30, 20)[damaged])
+    else:
+        assert not record.place.arrays
+
+
 def test_a_finished_run_of_an_earlier_version_is_shown(tmp_path):
     open_record(tmp_path / "run", CONFIG).append([{"n": 1}])
     old = {"bytes": 9, "done": ["one"], "checkpoint": None, "finished": True}

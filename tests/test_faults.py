@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from holder import Holder
 from rich.console import Console
 
+from experiments import cluster
 from experiments.__main__ import main
 from experiments.errors import GaveUpError, UserError
 from experiments.framework import display, run, stopping
@@ -151,6 +153,24 @@ def test_where_there_is_no_terminal_progress_is_lines():
     lines = console.file.getvalue().splitlines()
     assert lines[0] == "stage: 0 of 1000"
     assert lines[-1].startswith("stage: 1000 of 1000")
+
+
+def named_in_the_table():
+    """(file, beginning of a test's name) of the tests that the table of faults names."""
+    table = Path(cluster.__file__).with_name("README.md").read_text().partition("## Faults")[2]
+    for line in table.splitlines():
+        if line.startswith("|") and "test" in line:
+            for held in line.split("|")[5].split(";"):
+                file, _, names = held.replace("*", "").strip().partition(": ")
+                yield from ((file, name.strip().removesuffix("...")) for name in names.split(","))
+
+
+def test_every_test_in_the_table_of_faults_is_there():
+    named = [(file, name) for file, name in named_in_the_table() if file.startswith("test_")]
+    assert len(named) > 30
+    for file, name in named:
+        source = (Path(__file__).with_name(file + ".py")).read_text()
+        assert re.search(rf"^def test_{name}", source, re.MULTILINE), f"{file}: {name}"
 
 
 @pytest.mark.slow  # processes of their own
