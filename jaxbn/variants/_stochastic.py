@@ -44,7 +44,8 @@ def stochastic_batch_norm(
     samples of the approximate posterior predictive distribution. Without `rng`, or with an empty bank, it uses
     the running statistics. One key for all layers draws the same batch in each, as in the paper; `jaxbn.linen.Norm` and
     `jaxbn.nnx.Norm` give one to all layers. To record the batches that belong to the final weights, train the last
-    steps with a learning rate of 0.
+    steps with a learning rate of 0. With `axis_index_groups` the bank holds the moments of all groups together,
+    the same on every shard.
 
     Args:
       bank_size: how many batches the bank holds.
