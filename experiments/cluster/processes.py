@@ -100,7 +100,7 @@ def join(cluster: Cluster, devices: int | None) -> None:
     if cluster.coordinator is None:
         return
     host, port = meeting.address_of(cluster.coordinator)
-    listen = cluster.listen or host
+    listen = (cluster.listen or host).strip("[]")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
     own = meeting.Hello(cluster.process, cluster.processes, versions)
     if cluster.process == 0:

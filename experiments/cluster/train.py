@@ -116,8 +116,11 @@ def _train(settings: Settings, directory: Path, options: Options, terminator: Te
     mesh = Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
     dataset = processes.prepare_together(lambda: _load(settings))
     agreed = {**settings._asdict(), **options._asdict(), "devices": jax.local_device_count()}
-    processes.agree({**agreed, "data": dataset.fingerprint, "code": recipes.code()})
-    run = _open(settings, directory, dataset)
+    origin = provenance()
+    processes.agree(
+        {**agreed, "data": dataset.fingerprint, "code": recipes.code(), "set of versions": origin["versions"]}
+    )
+    run = _open(settings, directory, dataset, origin)
     network, step = recipes.network_and_step(settings, mesh, options.parallel)
     state = training.replicate(recipes.start(settings, network, dataset), mesh)
     processes.prepare_together(lambda: recipes.check_groups(settings, step, state, dataset))
@@ -158,10 +161,10 @@ def _load(settings: Settings) -> data.Dataset:
     return dataset
 
 
-def _open(settings: Settings, directory: Path, dataset: data.Dataset) -> _Run:
+def _open(settings: Settings, directory: Path, dataset: data.Dataset, origin: dict) -> _Run:
     """The run's directory, taken by process 0 for all; an error in all processes if that fails in one."""
     first = jax.process_index() == 0
-    record = processes.prepare_together(lambda: _record(settings, directory, dataset) if first else None)
+    record = processes.prepare_together(lambda: _record(settings, directory, dataset, origin) if first else None)
     token = processes.tell_all(lock.acquire(directory) if record is not None else "")
     if jax.process_count() > 1:
         processes.prepare_together(lambda: lock.share(directory) if first else None)
@@ -169,7 +172,7 @@ def _open(settings: Settings, directory: Path, dataset: data.Dataset) -> _Run:
     return _Run(directory, record)
 
 
-def _record(settings: Settings, directory: Path, dataset: data.Dataset) -> Record:
+def _record(settings: Settings, directory: Path, dataset: data.Dataset, origin: dict) -> Record:
     config: dict[str, Any] = {
         "experiment": f"train {settings.name}",
         "preset": None,
@@ -177,7 +180,7 @@ def _record(settings: Settings, directory: Path, dataset: data.Dataset) -> Recor
         "data": {"name": settings.data, "sha256": dataset.fingerprint},
         "code": recipes.code(),
         "devices": jax.device_count(),
-        "provenance": provenance(),
+        "provenance": origin,
     }
     record = open_record(directory, config)
     held = record.config
