@@ -38,8 +38,8 @@ class BatchNorm(nn.BatchNorm):
     Attributes:
       use_running_average: normalize by the running statistics, and leave them alone; here or in the call, not both.
       axis: the axis or axes *kept*, one scale and bias for each feature along them.
-      momentum: decay of the running statistics: new = momentum * old + (1 - momentum) * batch (torch's is the rest to
-        1). None averages all batches equally.
+      momentum: decay of the running statistics: new = momentum * old + (1 - momentum) * batch (torch's is 1 minus
+        this). None averages all batches equally.
       epsilon: added to the variance, inside the square root.
       dtype: of the output; None promotes x, scale and bias, as Flax does.
       param_dtype: of scale and bias.

@@ -36,8 +36,8 @@ class BatchNorm(nnx.BatchNorm):
       num_features: the size of x along `axis`; a tuple where `axis` is several.
       use_running_average: normalize by the running statistics, and leave them alone; `train()` and `eval()` set it.
       axis: the axis or axes *kept*, one scale and bias for each feature along them.
-      momentum: decay of the running statistics: new = momentum * old + (1 - momentum) * batch (torch's is the rest to
-        1). None averages all batches equally.
+      momentum: decay of the running statistics: new = momentum * old + (1 - momentum) * batch (torch's is 1 minus
+        this). None averages all batches equally.
       epsilon: added to the variance, inside the square root.
       dtype: of the output; None promotes x, scale, bias and the statistics, as Flax does.
       param_dtype: of scale and bias.
