@@ -46,8 +46,7 @@ def run(
         name: the experiment, as `list` shows it; or all, which goes on past one that fails.
         preset: smoke (seconds), cpu (minutes on two cores) or full (the source's own setting).
         seeds: how many random seeds, instead of the preset's.
-        data: the data set instead of the preset's: mnist5k, fashion_mnist, fashion_mnist:DIRECTORY, hub:mnist,
-            hub:fashion_mnist or hub:cifar10.
+        data: the data set instead of the preset's, as the command `data` lists them.
         out: the directory for the results, runs/NAME-PRESET if not given; of all, the one that holds theirs.
         pilot: only say how many seeds each claim needs, from runs on seeds that are used for nothing else.
     """

@@ -1,6 +1,7 @@
 """What users pass, brought into one form: arrays, axes, masks and weights."""
 
 from collections.abc import Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,14 @@ def size_of(shape: Sequence[int], axes: Sequence[int]) -> int:
     for axis in axes:
         size *= shape[axis]
     return size
+
+
+@overload
+def along(v: jax.Array, ndim: int, feature_axis: int | Sequence[int]) -> jax.Array: ...
+
+
+@overload
+def along(v: None, ndim: int, feature_axis: int | Sequence[int]) -> None: ...
 
 
 def along(v: jax.Array | None, ndim: int, feature_axis: int | Sequence[int]) -> jax.Array | None:

@@ -82,6 +82,14 @@ class Normalizer(Made, _Functions):
         return super().__new__(cls, cast(Init, init), cast(Apply, apply))
 
 
+@jax.tree_util.register_static
+class OneDrawNormalizer(Normalizer):
+    """A Normalizer whose layers of one network are to be given the same `rng`, so that all draw alike.
+
+    The Flax modules do so. Any other Normalizer gets a key of its own in each layer.
+    """
+
+
 def check_mode(train: bool) -> None:
     """TypeError unless `train` is a Python or NumPy bool, known when the function is traced."""
     if not isinstance(train, bool | np.bool_):

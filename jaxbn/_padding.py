@@ -1,11 +1,20 @@
 """Padding is silent: what a mask leaves out may be NaN or infinite and changes nothing that counts."""
 
 from collections.abc import Sequence
+from typing import overload
 
 import jax
 import jax.numpy as jnp
 
 from jaxbn._inputs import along, combined_weights
+
+
+@overload
+def silenced(x: jax.Array, weights: jax.Array | None, fill: jax.Array | float = 0) -> jax.Array: ...
+
+
+@overload
+def silenced(x: None, weights: jax.Array | None, fill: jax.Array | float = 0) -> None: ...
 
 
 def silenced(x: jax.Array | None, weights: jax.Array | None, fill: jax.Array | float = 0) -> jax.Array | None:

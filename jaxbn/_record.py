@@ -54,8 +54,8 @@ class Recorded:
         real = jnp.zeros((), dtype).real.dtype
         measured = self.measured
         if measured is not None:
-            dtypes = Measured(real, dtype, dtype, real)
-            measured = jax.tree.map(lambda v, to: v.astype(to), measured, dtypes)
+            count, mean, remainder, var = measured
+            measured = Measured(count.astype(real), mean.astype(dtype), remainder.astype(dtype), var.astype(real))
         return Recorded(self.mode, self.running.astype(dtype), self.moved.astype(dtype), measured)
 
 

@@ -7,7 +7,7 @@ once in a forward pass pool all their uses.
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,29 +19,9 @@ from jaxbn._inputs import combined_weights, inexact, reduced_axes
 from jaxbn._layers import leaves_by_path, replace_layers
 from jaxbn._measure import measure
 from jaxbn._moments import Measured, Moments, merge_measured
-from jaxbn._normalizer import Init, Normalizer, check_mode
+from jaxbn._normalizer import Normalizer, Variables, check_mode
 from jaxbn._padding import silenced
 from jaxbn._record import BatchStats, Mode, Recorded, empty_record, is_recorded, mode_of, running_part
-
-
-class Train(Protocol):
-    """train(variables, x, *, where, weights, ...) -> (y, measured), by the batch."""
-
-    def __call__(
-        self, variables: Any, x: jax.Array, *, where: jax.Array | None, weights: jax.Array | None, **extra: Any
-    ) -> tuple[jax.Array, Measured]:
-        """Normalize x by the batch; `measured` is what the running statistics are to be moved by, [features]."""
-        ...
-
-
-class Evaluate(Protocol):
-    """evaluate(variables, x, *, where, weights, ...) -> y, by the running statistics."""
-
-    def __call__(
-        self, variables: Any, x: jax.Array, *, where: jax.Array | None, weights: jax.Array | None, **extra: Any
-    ) -> jax.Array:
-        """Normalize x by the running statistics."""
-        ...
 
 
 class MeasuringNormalizer(NamedTuple):
@@ -49,13 +29,14 @@ class MeasuringNormalizer(NamedTuple):
 
     Attributes:
       init: as of a `Normalizer`.
-      train: see `Train`.
-      evaluate: see `Evaluate`.
+      train: train(variables, x, *, where, weights, ...) -> (y, measured): x normalized by the batch, and the moments
+        that the running statistics are to be moved by, [features]. Further arguments are those of `Normalizer.apply`.
+      evaluate: evaluate(variables, x, *, where, weights, ...) -> y: x normalized by the running statistics.
     """
 
-    init: Init
-    train: Train
-    evaluate: Evaluate
+    init: Callable[..., Variables]
+    train: Callable[..., tuple[jax.Array, Measured]]
+    evaluate: Callable[..., jax.Array]
 
 
 def start_record(batch_stats: Mapping[str, Any], *, by_running: bool) -> BatchStats:
@@ -76,7 +57,7 @@ def recorded_moments(before: Mapping[str, Any], after: Mapping[str, Any]) -> Mea
       after: the batch_stats that came back.
     """
     old, new = before["mean"], after.get("mean")
-    if not is_recorded(new) or new.running.shape != old.running.shape:
+    if not isinstance(new, Recorded) or new.running.shape != old.running.shape:
         return None
     same = np.array_equal(np.asarray(new.running), np.asarray(old.running), equal_nan=True)
     return new.measured if same else None
@@ -108,7 +89,7 @@ def finish_pooling(pooled: Any, batch_stats: Any) -> Any:
 
 def running_normalizer(
     norm: MeasuringNormalizer,
-    update: Callable[[BatchStats, Moments], BatchStats] | None,
+    update: Callable[[BatchStats, Moments], BatchStats],
     *,
     feature_axis: int | Sequence[int],
     axis_group: AxisGroup,
@@ -117,7 +98,7 @@ def running_normalizer(
 
     Args:
       norm: the normalization.
-      update: update(batch_stats, moments) -> batch_stats; None for one that is fed records of a data set alone.
+      update: update(batch_stats, moments) -> batch_stats.
       feature_axis: the axis or axes of x that norm keeps.
       axis_group: shards over which the moments of x are pooled where norm normalizes by its running statistics.
     """
@@ -169,13 +150,13 @@ def recordable(
         return norm.apply(variables, x, train=False, **arguments)[0]
 
     measuring = MeasuringNormalizer(norm.init, train, evaluate)
-    recording = running_normalizer(measuring, None, feature_axis=feature_axis, axis_group=axis_group)
+    recording = running_normalizer(measuring, _unmoved, feature_axis=feature_axis, axis_group=axis_group)
 
     def apply(variables, x, **arguments):
         records = mode_of(variables.get("batch_stats", {})) in (Mode.BY_BATCH, Mode.BY_RUNNING)
         return (recording if records else norm).apply(variables, x, **arguments)
 
-    return Normalizer(norm.init, apply)
+    return type(norm)(norm.init, apply)
 
 
 def unrecordable(norm: Normalizer, reason: str) -> Normalizer:
@@ -193,6 +174,11 @@ def unrecordable(norm: Normalizer, reason: str) -> Normalizer:
         return y, moved if mode is None else held
 
     return Normalizer(norm.init, apply)
+
+
+def _unmoved(batch_stats, moments):
+    del moments
+    return batch_stats
 
 
 def _without_padding(x, where, weights, arguments):

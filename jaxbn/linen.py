@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.linen import dtypes
 
 from jaxbn._inputs import canonical_axes
-from jaxbn._normalizer import Normalizer
+from jaxbn._normalizer import Normalizer, OneDrawNormalizer
 from jaxbn._running import init_batch_stats
 from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask
 
@@ -136,7 +136,8 @@ class Norm(nn.Module):
       norm: the Normalizer.
       use_running_average: as in `BatchNorm`; True calls it with train=False.
       rng_collection: name of the stream of random keys. Where `apply` was given one of that name, the normalizer gets
-        a key from it as `rng`.
+        a key from it as `rng`: each layer its own, but `stochastic_batch_norm` the same in all layers of the network
+        (except inside `nn.jit`, which makes keys of its own: pass `rng` there).
     """
 
     norm: Normalizer
@@ -168,7 +169,7 @@ class Norm(nn.Module):
         arguments = with_mask(arguments, mask)
         params, stats = self._variables(x)
         if "rng" not in arguments and self.has_rng(self.rng_collection):
-            arguments["rng"] = self.make_rng(self.rng_collection)
+            arguments["rng"] = self._rng()
         variables = {"params": params, "batch_stats": {name: v.value for name, v in stats.items()}}
         train = not (use_running_average or self.is_initializing())
         y, moved = self.norm.apply(variables, x, train=train, **arguments)
@@ -176,6 +177,12 @@ class Norm(nn.Module):
             for name, value in moved.items():
                 stats[name].value = value
         return y
+
+    def _rng(self):
+        if isinstance(self.norm, OneDrawNormalizer) and self.scope is not None:
+            # The key that apply was given, before the paths of modules are folded into it.
+            return self.scope.rngs[self.rng_collection].rng
+        return self.make_rng(self.rng_collection)
 
     def _variables(self, x):
         # One key for all of them: variables that belong together start together. Without a stream it is only traced.

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from jaxbn._normalizer import Normalizer
+from jaxbn._normalizer import Normalizer, OneDrawNormalizer
 from jaxbn._record import running_part
 from jaxbn._running import init_batch_stats
 from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask
@@ -193,7 +193,8 @@ class Norm(nnx.Module):
         number of features, which stands for float32 of shape [1, features].
       use_running_average: as in `BatchNorm`: True calls it with train=False; `train()` and `eval()` set it.
       rngs: its "params" stream makes the initial params. Where it has a stream named `rng_collection`, the normalizer
-        gets a key from a fork of it as `rng` in each call.
+        gets a key from it as `rng` in each call. Each layer has a fork of its own; but layers of
+        `stochastic_batch_norm` have copies, so that those which are called equally often draw the same.
       rng_collection: name of that stream.
     """
 
@@ -212,7 +213,7 @@ class Norm(nnx.Module):
         self.params = nnx.data(jax.tree.map(nnx.Param, variables["params"]))
         self.batch_stats = nnx.data(jax.tree.map(nnx.BatchStat, variables["batch_stats"]))
         self.use_running_average = use_running_average
-        self.rngs = rngs[rng_collection].fork() if rng_collection in rngs else nnx.data(None)
+        self.rngs = _stream(norm, rngs[rng_collection]) if rng_collection in rngs else nnx.data(None)
 
     def __call__(
         self,
@@ -263,6 +264,13 @@ def _chosen(in_call: bool | None, in_module: bool | None) -> bool:
             " or eval() first."
         )
     return chosen
+
+
+def _stream(norm: Normalizer, stream: nnx.RngStream) -> nnx.RngStream:
+    """The stream of a layer's own; for a `OneDrawNormalizer` one that gives every layer the same keys."""
+    if isinstance(norm, OneDrawNormalizer):
+        return nnx.RngStream(stream.key[...], tag=stream.tag)
+    return stream.fork()
 
 
 def _is_variable(node) -> bool:

@@ -10,16 +10,16 @@ import optax
 from jaxbn.training import LossOutput
 
 INPUTS, HIDDEN, CLASSES, BATCH = 6, 8, 3, 64
-_RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
 
 
-def batches(count):
+def batches(count, seed=0):
     """`count` batches, leaves [count, BATCH, ...]; a fifth of the examples has no weight."""
-    weight = _RNG.uniform(0.5, 2, (count, BATCH)) * (_RNG.uniform(size=(count, BATCH)) > 0.2)
+    rng = np.random.default_rng(seed)
+    weight = rng.uniform(0.5, 2, (count, BATCH)) * (rng.uniform(size=(count, BATCH)) > 0.2)
     return {
-        "x": _RNG.normal(1.0, 2.0, (count, BATCH, INPUTS)).astype(np.float32),
-        "label": _RNG.integers(0, CLASSES, (count, BATCH)).astype(np.int32),
+        "x": rng.normal(1.0, 2.0, (count, BATCH, INPUTS)).astype(np.float32),
+        "label": rng.integers(0, CLASSES, (count, BATCH)).astype(np.int32),
         "weight": weight.astype(np.float32),
     }
 

@@ -3,20 +3,23 @@
 import importlib.util
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jaxbn
-from experiments.aot import command
+from experiments.aot import command, listing
 from experiments.aot import programs as aot_programs
+from experiments.aot import record as aot_record
 from experiments.aot import targets as aot_targets
 from experiments.aot.collectives import collectives
 from experiments.aot.cost import cost_of
 from experiments.aot.hlo import arrays, elements, parse
 from experiments.aot.hlo_bytes import moves, traffic
 from experiments.errors import UserError
+from experiments.training import conv_chain
 
 N = 256
 MATRIX = 4 * N * N  # bytes
@@ -261,3 +264,48 @@ def test_one_layer_on_eight_gpus_takes_seven_passes_and_two_collectives():
     all_reduces, passes = done.stdout.split()
     # x for its sums; x and dy for theirs; x and dy for y and dx: seven passes, and partial sums of well under a tenth.
     assert (int(all_reduces), float(passes)) == (2, pytest.approx(7, abs=0.1))
+
+
+MESH_SHAPE = (8, 4, 4, 3)  # of one device
+
+
+def counted(compiled):
+    found = cost_of(compiled)
+    assert found.moved > 0
+    return found
+
+
+@pytest.mark.parametrize("arm", ["none", "jaxbn", "flax"])
+def test_the_programs_compile_for_the_devices_that_are_here(monkeypatch, arm):
+    """Eight devices of a CPU in place of an accelerator's: gradients in one all-reduce, two more for each norm."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    monkeypatch.setattr(aot_programs, "CHAIN_LENGTH", 2)
+    norm = aot_programs.ARMS[arm]("data", jax.nn.relu)
+    layer = counted(aot_programs.compile_layer(norm, mesh, output=True, shape=MESH_SHAPE))
+    chain = counted(aot_programs.compile_chain(norm, mesh, shape=MESH_SHAPE))
+    alone = aot_programs.ARMS[arm](None, jax.nn.relu)
+    loop = counted(aot_programs.compile_loop(conv_chain.loop(conv_chain.norm_first, True), alone, mesh, MESH_SHAPE))
+    assert (layer.all_reduces > 0, loop.all_reduces) == (arm != "none", 0)
+    assert chain.all_reduces > 0
+
+
+@pytest.mark.parametrize("program", listing.PROGRAMS)
+def test_every_program_is_listed_with_norms_and_a_unit(program):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    title, unit, lines = listing.PROGRAMS[program](mesh)
+    names = [line.norm for line in lines]
+    assert title
+    assert len(names) == len(set(names)) >= 3
+    assert (unit is None) == (program == "resnet50")
+
+
+def test_what_is_counted_is_printed_and_kept(tmp_path, monkeypatch, capsys):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    line = listing.Line("some norm", partial(jax.jit(jnp.sin).lower(X).compile))
+    monkeypatch.setattr(command, "mesh_of", lambda _: mesh)
+    monkeypatch.setattr(command, "PROGRAMS", {"layer": lambda _: ("A sine", MATRIX, [line])})
+    path = tmp_path / "made" / "aot.json"
+    command.main("v5e:2x4", "layer", path)
+    assert "A sine, on each of 8 devices (v5e:2x4)" in capsys.readouterr().out
+    (entry,) = aot_record.read(path)
+    assert entry.counted[0].cost.moved == 2 * MATRIX

@@ -177,7 +177,7 @@ def test_rows_come_back_from_a_record(tmp_path, name):
 
 def test_what_was_counted_ahead_of_time_is_kept_and_replaced(tmp_path):
     def entry(program, moved):
-        counted = aot_record.Counted("jaxbn", Cost(2, 0, 1024, moved, 0, 0, 500))
+        counted = aot_record.Counted("jaxbn", Cost(2, 0, 0, 1024, moved, 0, 0, 500))
         return aot_record.Entry("h100:8", program, "A layer", 8, 100, provenance(), [counted])
 
     path = tmp_path / "made" / "aot.json"
@@ -187,7 +187,7 @@ def test_what_was_counted_ahead_of_time_is_kept_and_replaced(tmp_path):
     aot_record.write(path, entries)
     assert aot_record.read(path) == [entry("chain", 800)._replace(provenance=entries[0].provenance), entries[1]]
     table, origin = aot_record.in_markdown(entries[1])
-    assert "| jaxbn | 2 | 0 | 1.0 | 7.000 | 0.000 | 0.000 | 5.000 |" in table
+    assert "| jaxbn | 2 | 0 | 0 | 1.0 | 7.000 | 0.000 | 0.000 | 5.000 |" in table
     assert "bench --aot h100:8 --program layer" in origin
 
 
@@ -233,9 +233,10 @@ def test_a_program_is_compiled_with_every_librarys_layer(monkeypatch, name):
     assert len(table.rows) == len(found.lines)
 
 
-def test_a_branch_is_a_while_or_a_conditional():
+def test_a_branch_is_a_conditional_or_a_loop_that_values_end():
     def looped(norm):
         def f(x):
+            x = jax.lax.fori_loop(0, 7, lambda i, x: jnp.sin(x), x)  # this counts
             x = jax.lax.while_loop(lambda x: x[0] < 3, lambda x: x + 1, x)
             return jax.lax.cond(x[1] > 0, jnp.sin, jnp.cos, x)
 

@@ -4,14 +4,19 @@ import contextlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
+import jax
+import numpy as np
 import pytest
 from loopback import free_port
 
 from experiments.cluster import meeting, processes
 from experiments.errors import UserError
+from experiments.framework import stopping
 
 VERSIONS = "jax 1"
 
@@ -243,3 +248,79 @@ def test_one_process_needs_nothing(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"):
         monkeypatch.delenv(name, raising=False)
     assert processes.cluster_of(None, None, None, 5) == processes.Cluster(heartbeat_seconds=5)
+
+
+@pytest.fixture
+def beside(monkeypatch):
+    """Let the next gathering find what another process, with number 1, passes."""
+
+    def another(passes):
+        monkeypatch.setattr(
+            processes, "_gather", lambda value: np.stack([np.asarray(value), np.asarray(passes(value))])
+        )
+
+    return another
+
+
+@pytest.mark.parametrize("name", ["seed", "devices", "data", "code"])
+def test_what_another_process_was_given_differently_is_named(beside, name):
+    given = {"seed": 0, "devices": 1, "data": "a", "code": "b"}
+    beside(lambda _: np.stack([processes._mark(value) for value in {**given, name: "other"}.values()]))
+    with pytest.raises(processes.AgreedError, match=f"process 1 was started with another {name} than process 0"):
+        processes.agree(given)
+
+
+def test_processes_that_were_given_the_same_agree(beside):
+    beside(lambda marks: marks)
+    processes.agree({"seed": 0, "data": "a"})
+    assert processes.prepare_together(lambda: 3) == 3
+    assert processes.tell_all("t\u00f6ken") == "t\u00f6ken"
+
+
+def test_what_fails_in_one_process_fails_in_all(beside):
+    beside(lambda _: 1)
+    with pytest.raises(processes.AgreedError, match="process 1 cannot start: see what it says"):
+        processes.prepare_together(lambda: 3)
+
+    def fail():
+        raise UserError("no data")
+
+    beside(lambda _: 0)
+    with pytest.raises(processes.AgreedError, match="no data"):
+        processes.prepare_together(fail)
+
+
+def test_a_signal_to_any_process_stops_all(beside):
+    with stopping.Terminator() as terminator:
+        beside(lambda _: 15)
+        assert processes.stop_requested(terminator) == 15
+
+
+ABORTING = """
+import ctypes, threading, time
+from experiments.cluster import processes
+with processes._aborts_as_lost("words"):
+    threading.Thread(target=ctypes.CDLL(None).abort).start()
+    time.sleep(60)
+"""
+
+
+def test_an_abort_by_the_runtime_ends_with_the_documented_status_and_one_message():
+    ended = subprocess.run([sys.executable, "-c", ABORTING], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (processes.PEER_LOST, "words\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nmore"), True),
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: a task died"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (ValueError("a defect"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_other_errors(error, lost):
+    assert (processes.lost_peer(error) is not None) == lost
+    outer = RuntimeError("orbax")
+    outer.__cause__ = error
+    assert (processes.lost_peer(outer) is not None) == lost

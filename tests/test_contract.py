@@ -318,3 +318,9 @@ def _is_variable(node):
 
 def _without_empty(tree):
     return {name: v for name, v in tree.items() if jax.tree.leaves(v)}
+
+
+@every
+def test_init_takes_no_key_twice(name):
+    with jax.debug_key_reuse(True):
+        jax.jit(lambda key: CASES[name].build(None).init(key, LIKE_X))(jax.random.key(0))

@@ -450,3 +450,18 @@ def test_data_lists_what_is_there_and_how_to_get_the_rest(nowhere, capsys):
     assert f"mnist: 70,000 digits, 28 x 28\n    in {nowhere / 'mnist'}\n" in shown
     assert "missing; get it with python -m experiments data cifar10" in shown
     assert all(name in shown for name in ("mnist5k", "fashion_mnist", "hub:cifar10"))
+
+
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_a_file_that_may_not_be_read_is_one_line_that_speaks_of_permissions(tmp_path, monkeypatch, name):
+    if name == "mnist":
+        write_idx_directory(tmp_path)
+    else:
+        write_cifar_pickles(tmp_path / "cifar-10-batches-py", cifar_part(0, 20), cifar_part(1, 3))
+
+    def refuse(path, *_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"cannot read .* \(Permission denied\): check its permissions"):
+        data.load(f"{name}:{tmp_path}")

@@ -211,6 +211,40 @@ def test_no_finished_stage_is_thrown_away_for_a_checkpoint(tmp_path, newest_is_w
         open_record(tmp_path / "run", CONFIG, [].append)
 
 
+def with_arrays(directory):
+    """A finished run whose result is the arrays of its newest checkpoint."""
+    record = open_record(directory, CONFIG)
+    for step in (10, 20, 30):
+        record.append([{"step": step}])
+        record.commit({"w": np.full(3, step, np.float32)}, step, position={"step": step}, finished=step == 30)
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_of_a_state_the_newest_whole_checkpoint_is_used_else_the_run_starts_over(tmp_path, damaged):
+    with_arrays(tmp_path / "run")
+    for number in (30, 20)[:damaged]:
+        seal = tmp_path / "run" / "checkpoints" / str(number) / "seal.json"
+        seal.write_text(seal.read_text()[:-5])
+    said = []
+    record = open_record(tmp_path / "run", CONFIG, said.append)
+    assert record.rows() == [{"step": step} for step in (10, 20, 30)][: (3, 2, 0)[damaged]]
+    assert record.finished == (damaged == 0)
+    assert sum("is damaged" in line for line in said) == damaged
+    assert (
+        said[damaged:]
+        == [
+            [],
+            ["continuing from step 20, not from step 30"],
+            ["continuing from the start, not from step 30"],
+        ][damaged]
+    )
+    if damaged < 2:
+        like = {"w": jax.ShapeDtypeStruct((3,), np.dtype(np.float32))}
+        np.testing.assert_array_equal(record.restore(like)["w"], (30, 20)[damaged])
+    else:
+        assert not record.place.arrays
+
+
 def test_a_finished_run_of_an_earlier_version_is_shown(tmp_path):
     open_record(tmp_path / "run", CONFIG).append([{"n": 1}])
     old = {"bytes": 9, "done": ["one"], "checkpoint": None, "finished": True}
@@ -228,15 +262,15 @@ def test_a_damaged_configuration_is_refused(tmp_path):
 
 
 class DiskIsFull:
-    """Lets so many writes pass and fails the next one, as a full disk does."""
+    """Lets so many writes pass and fails the next one, as a full disk does, or with another error."""
 
-    def __init__(self, writes):
-        self.left = writes
+    def __init__(self, writes, number=errno.ENOSPC):
+        self.left, self.number = writes, number
 
     def __call__(self, file):
         self.left -= 1
         if self.left < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(self.number, os.strerror(self.number))
 
 
 def measure(directory):
@@ -267,6 +301,37 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(tmp_path, monkey
         measure(tmp_path / "run")
     for name in ("metrics.jsonl", "progress.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("writes", [0, 1, 2, 3, 4])
+def test_what_cannot_be_written_is_one_line(tmp_path, monkeypatch, number, writes):
+    monkeypatch.setattr(os, "fsync", DiskIsFull(writes, number))
+    advice = "make room" if number == errno.EDQUOT else "choose another --out"
+    with pytest.raises(UserError, match=rf"cannot write .*\({os.strerror(number)}\): {advice}"):
+        open_record(tmp_path / "run", CONFIG).finish("one", [{"n": 1}])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("config.json", r"cannot read .*config.json \(Is a directory\): make it readable"),
+        ("progress.json", r"cannot write .*progress.json \(Is a directory\)"),
+        ("checkpoints", r"cannot write .*2 \(File exists\)"),
+        ("metrics.jsonl", ""),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_or_mended(tmp_path, name, words):
+    """Here since there is something else in its place."""
+    open_record(tmp_path / "run", CONFIG).finish("one", [{"n": 1}])
+    path = tmp_path / "run" / name
+    path.rename(tmp_path / name)
+    path.mkdir() if path.suffix else path.touch()
+    if not words:
+        assert open_record(tmp_path / "run", CONFIG, [].append).rows() == [{"n": 1}]
+        return
+    with pytest.raises(UserError, match=words):
+        open_record(tmp_path / "run", CONFIG, [].append).finish("two", [{"n": 2}])
 
 
 def test_a_full_disk_at_the_start_leaves_nothing(tmp_path, monkeypatch):

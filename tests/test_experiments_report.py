@@ -122,7 +122,7 @@ def test_a_verdict_on_the_terminal(effects, outcome):
 
 
 def test_progress_begins_anew_where_a_run_continues():
-    console = Console(file=io.StringIO(), width=200)
+    console = Console(file=io.StringIO(), width=200, force_terminal=True, color_system=None)
     with progress(console) as track:
         track("stage", 0, 1)
         track("stage", 500, 1000)

@@ -272,6 +272,69 @@ def test_norm_draws_rng_from_the_norm_stream_where_there_is_one():
     np.testing.assert_array_equal(explicit, module.apply(variables, batch(), rng=jax.random.key(9)))
 
 
+def banked(batches):
+    """Variables of a stochastic batch norm that has seen batches of means 0, 10, 20, ..."""
+    norm = jaxbn.stochastic_batch_norm(bank_size=batches)
+    variables = norm.init(KEY, batch())
+    for number in range(batches):
+        variables["batch_stats"] = norm.apply(variables, batch() + 10.0 * number, train=True)[1]
+    return variables
+
+
+class Repeated(nn.Module):
+    """The outputs for one x of two layers in a scan."""
+
+    norm: jaxbn.Normalizer
+
+    @nn.compact
+    def __call__(self, x):
+        def layer(module, carry, _):
+            return carry, Norm(self.norm, use_running_average=True, name="norm")(x)
+
+        axes = dict(variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True, "norm": False})
+        return nn.scan(layer, **axes, length=2)(self, 0.0, None)[1]
+
+
+class Stochastic(nn.Module):
+    """The outputs for one x of four layers, in a scan and under remat too."""
+
+    norm: jaxbn.Normalizer
+
+    @nn.compact
+    def __call__(self, x):
+        first = Norm(self.norm, use_running_average=True, name="first")(x)
+        second = nn.remat(Norm)(self.norm, use_running_average=True, name="second")(x)
+        return [first, second, *Repeated(self.norm, name="repeated")(x)]
+
+
+@pytest.mark.parametrize("wrapped", [lambda norm: norm, jaxbn.frozen], ids=["plain", "frozen"])
+def test_stochastic_layers_of_one_network_draw_the_same_batch(wrapped):
+    network, x, stats = Stochastic(wrapped(jaxbn.stochastic_batch_norm(bank_size=4))), batch(), banked(4)["batch_stats"]
+    variables = jax.jit(network.init)(KEY, x)
+    stacked = jax.tree.map(lambda v: jnp.stack([v, v]), stats)
+    variables = {**variables, "batch_stats": {"first": stats, "second": stats, "repeated": {"norm": stacked}}}
+    apply, drawn = jax.jit(lambda variables, key: network.apply(variables, x, rngs={"norm": key})), set()
+    for seed in range(8):
+        first, *others = apply(variables, jax.random.key(seed))
+        for other in others:
+            np.testing.assert_array_equal(other, first)
+        drawn.add(round(float(first[0, 0])))
+    assert len(drawn) > 1
+
+
+def test_noisy_layers_of_one_network_draw_noise_of_their_own():
+    norm, x = jaxbn.noisy(jaxbn.batch_norm()), batch()
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return [Norm(norm, use_running_average=not train, name=name)(x) for name in ("first", "second")]
+
+    variables = Two().init(KEY, x, False)
+    (first, second), _ = Two().apply(variables, x, True, rngs={"norm": KEY}, mutable=["batch_stats"])
+    assert np.all(first != second)
+
+
 def test_norm_of_batch_norm_is_batch_norm():
     layers = BatchNorm(use_running_average=False), Norm(jaxbn.batch_norm(), use_running_average=False)
     variables = [initialized(layer) for layer in layers]

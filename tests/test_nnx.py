@@ -303,6 +303,25 @@ def test_norm_draws_a_new_key_each_call_from_the_norm_stream_where_there_is_one(
     np.testing.assert_array_equal(module(x, rng=key), module(x, rng=key))
 
 
+def test_stochastic_layers_of_one_network_draw_the_same_batch():
+    rngs, norm, x = nnx.Rngs(0, norm=1), jaxbn.stochastic_batch_norm(bank_size=4), batch()
+    layers = [Norm(norm, FEATURES, rngs=rngs) for _ in range(2)]
+    other = Norm(jaxbn.noisy(jaxbn.batch_norm()), FEATURES, rngs=rngs)
+    layers.append(Norm(norm, FEATURES, rngs=rngs))
+    model = nnx.List(layers)
+    for number in range(4):
+        for layer in model:
+            call(layer, x + 10.0 * number)
+    drawn = set()
+    for _ in range(8):
+        first, *others = (call(layer, x, use_running_average=True) for layer in model)
+        for other_output in others:
+            np.testing.assert_array_equal(other_output, first)
+        drawn.add(round(float(first[0, 0])))
+    assert len(drawn) > 1
+    assert np.all(call(other, x) != call(Norm(jaxbn.noisy(jaxbn.batch_norm()), FEATURES, rngs=rngs), x))
+
+
 def test_norm_of_batch_norm_is_batch_norm():
     modules = layer(), lifted()
     y, expected = (call(module, batch(), mask=batch() > 0) for module in modules)

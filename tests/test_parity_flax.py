@@ -1,4 +1,4 @@
-"""The shells against Flax's own layers: equal wherever Flax is right, and right where Flax is shown to be wrong."""
+"""The shells against Flax's own layers: equal wherever Flax is right; where it was not, against the exact values."""
 
 import functools
 import inspect
@@ -375,32 +375,30 @@ def kept_moments(x, mask):
     return kept.mean(0), kept.var(0)
 
 
-def test_flax_averages_the_means_of_shards_with_unequal_masks_and_ours_pools_counts():
+def test_shards_with_unequal_masks_are_pooled_by_count():
+    """Flax 0.12.8 averages the means of the shards."""
     x, mask = unequal_shards()
     mean, var = kept_moments(x, mask)
-    (_, ours), (_, theirs) = (trained(layer, x, mask, by_shard_map) for layer in SHELLS["linen"])
-    assert np.max(np.abs(theirs["mean"] - mean)) > 0.2, "Flax used to average the shards' means"
+    _, ours = trained(SHELLS["linen"][0], x, mask, by_shard_map)
     np.testing.assert_allclose(ours["mean"], mean, rtol=1e-6)
     np.testing.assert_allclose(ours["var"], var, rtol=1e-6)
 
 
-def test_flax_gives_nan_on_every_shard_when_one_is_fully_masked_and_ours_leaves_it_out():
+def test_a_shard_that_is_fully_masked_is_left_out():
+    """Flax 0.12.8 gives NaN on every shard."""
     x, mask = unequal_shards()
     mask[3] = False
     mean, var = kept_moments(x, mask)
-    (ours_y, ours), (theirs_y, theirs) = (trained(layer, x, mask, by_shard_map) for layer in SHELLS["linen"])
-    assert np.all(np.isnan(theirs["mean"])), "Flax used to average the empty shard's NaN in"
-    assert np.all(np.isnan(theirs_y)), "Flax used to average the empty shard's NaN in"
+    ours_y, ours = trained(SHELLS["linen"][0], x, mask, by_shard_map)
     np.testing.assert_allclose(ours["mean"], mean, rtol=1e-6)
     np.testing.assert_allclose(ours["var"], var, rtol=1e-6)
     np.testing.assert_allclose(ours_y, (x - mean) / np.sqrt(var + 1e-5), rtol=1e-5, atol=1e-5)
 
 
-def test_flax_refuses_groups_of_shards_under_the_varying_axis_check_and_ours_pools_their_statistics():
+def test_groups_of_shards_pool_their_statistics_under_the_varying_axis_check():
+    """Flax 0.12.8 asks for a collective that shard_map does not have."""
     x, groups = unequal_shards()[0], [[0, 1, 2, 3], [4, 5, 6, 7]]
     mask = np.ones((DEVICES, 4, 1), bool)
-    with pytest.raises(NotImplementedError):  # Flax used to ask for a collective that shard_map does not have
-        trained(SHELLS["linen"][1], x, mask, by_shard_map, axis_index_groups=groups)
     y, stats = trained(SHELLS["linen"][0], x, mask, by_shard_map, axis_index_groups=groups)
     mean, var = kept_moments(x, mask)
     np.testing.assert_allclose(stats["mean"], mean, rtol=1e-6)
@@ -411,44 +409,37 @@ def test_flax_refuses_groups_of_shards_under_the_varying_axis_check_and_ours_poo
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_flax_puts_nan_into_the_averages_for_a_fully_masked_batch_and_ours_keeps_them(shell):
+def test_a_fully_masked_batch_leaves_the_averages_alone(shell):
+    """Flax 0.12.8 puts NaN into them."""
     x = inputs(shape=(6, 3))
-    ours, theirs = pair(shell, x)
+    ours, _ = pair(shell, x)
     before, nothing = ours.state, jnp.zeros((6, 1), bool)
     y = train(ours, x, nothing)
-    train(theirs, x, nothing)
-    assert any(np.any(np.isnan(leaf)) for leaf in jax.tree.leaves(theirs.state)), "Flax used to average NaN in"
     assert_trees_all_equal(ours.state, before)
     assert np.all(np.isfinite(y))
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_flax_cancels_at_a_mean_of_ten_thousand_deviations_and_ours_stays_exact(shell):
+def test_outputs_are_exact_at_a_mean_of_ten_thousand_deviations(shell):
+    """Flax 0.12.8 squares before it subtracts, and errs by 200 and more."""
     x = np.asarray(jax.random.normal(jax.random.key(0), (4096, 3)) + 1e4, np.float32)
     wide = x.astype(np.float64)
     y = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-5)
-    ours, theirs = pair(shell, x)
-    assert np.max(np.abs(train(theirs, x) - y)) > 0.5, "Flax used to square before it subtracts"
+    ours, _ = pair(shell, x)
     np.testing.assert_allclose(train(ours, x), y, rtol=0, atol=2e-6)
 
 
-def test_flax_nnx_rounds_running_statistics_to_the_output_dtype_and_ours_does_not():
+def test_nnx_does_not_round_running_statistics_to_the_output_dtype():
+    """Flax 0.12.8 rounds the running mean to bfloat16 before it subtracts it, and errs by .3 and more."""
     x = jnp.asarray(np.asarray(jax.random.normal(jax.random.key(0), (256, 3)) + 333), jnp.float32)
-    ours, theirs = pair("nnx", x, dtype=jnp.bfloat16, momentum=0.0)
+    ours, _ = pair("nnx", x, dtype=jnp.bfloat16, momentum=0.0)
     train(ours, x)
-    train(theirs, x)
-    middle = [np.abs(np.mean(np.asarray(evaluate(layer, x), np.float64), 0)) for layer in (ours, theirs)]
-    assert np.max(middle[1]) > 0.3, "Flax used to round the running mean to bfloat16 before it subtracts it"
-    assert np.max(middle[0]) < 0.01
+    assert np.max(np.abs(np.mean(np.asarray(evaluate(ours, x), np.float64), 0))) < 0.01
 
 
-@pytest.mark.filterwarnings("ignore:scatter inputs have incompatible types:FutureWarning")
-@pytest.mark.filterwarnings("ignore:Casting complex values to real discards the imaginary part")
-def test_flax_nnx_drops_the_imaginary_running_mean_and_ours_keeps_it():
+def test_nnx_keeps_the_imaginary_part_of_the_running_mean():
+    """Flax 0.12.8 writes the complex mean into a float32 variable."""
     x = inputs(jnp.complex64)
-    ours, theirs = pair("nnx", x, momentum=0.0)
+    ours, _ = pair("nnx", x, momentum=0.0)
     train(ours, x)
-    train(theirs, x)
-    mean = np.asarray(x, np.complex128).mean((0, 1, 2))
-    assert theirs.state["mean"].dtype == jnp.float32, "Flax used to write the complex mean into a float32 variable"
-    np.testing.assert_allclose(ours.state["mean"], mean, rtol=1e-6)
+    np.testing.assert_allclose(ours.state["mean"], np.asarray(x, np.complex128).mean((0, 1, 2)), rtol=1e-6)

@@ -1,12 +1,12 @@
 """Population statistics of two processes that hold a half of every batch each."""
 
 import os
-import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from loopback import free_port
 
 PROGRAM = """
 import sys
@@ -36,18 +36,12 @@ np.savez(f"{out}/{process}.npz", **stats)
 """
 
 
-def free_address():
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return f"localhost:{s.getsockname()[1]}"
-
-
 @pytest.mark.slow
 def test_every_process_gets_the_statistics_of_all(tmp_path):
     x = (3 + np.random.default_rng(0).normal(size=(64, 3))).astype(np.float32)
     np.save(tmp_path / "x.npy", x)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    address = free_address()
+    address = f"localhost:{free_port()}"
     processes = [
         subprocess.Popen([sys.executable, "-c", PROGRAM, address, str(i), str(tmp_path)], env=environment)
         for i in range(2)

@@ -620,6 +620,18 @@ def test_rows_that_were_lost_come_back_from_the_checkpoint(undisturbed, train, t
     assert "does not hold what was written: its rows are taken from" in said
 
 
+@pytest.mark.slow
+def test_a_file_that_grows_too_large_for_the_disk_is_one_line(place, tmp_path):
+    """A real limit, of 50 kB a file, which the arrays exceed."""
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n{PROGRAM}"
+    command = [sys.executable, "-c", limited, "{}", place.dataset, "train", SETTINGS.name, "--steps", "10"]
+    environment = {**os.environ, "SECONDS_TO_MEET": "1", "JAX_PLATFORMS": "cpu"}
+    command += ["--interval", "5", "--out", str(tmp_path / "run")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SECONDS_FOR_ALL)
+    assert ended.returncode == UserError.status, ended
+    assert re.fullmatch(r"error: cannot write the checkpoint .*10 \(File too large\): make room .*\n", ended.stderr)
+
+
 def test_a_directory_in_use_is_refused(undisturbed, train):
     with Holder(undisturbed[0]), pytest.raises(UserError, match="is in use by process"):
         train(undisturbed[0])

@@ -176,6 +176,15 @@ def test_all_devices_end_with_the_same_statistics_bit_for_bit(spread):
             np.testing.assert_array_equal(first, other)
 
 
+def test_the_copy_of_one_device_lies_on_that_device_alone():
+    """A program on all devices for each leaf, as indexing would run, can end in a deadlock on a busy machine."""
+    step, place, _ = standard("pmap")
+    state, metrics = step(place(start()), FIRST, KEY)
+    for leaf in jax.tree.leaves((training.unreplicate(state), metrics)):
+        assert len(leaf.devices()) == 1
+    jax.tree.map(np.testing.assert_array_equal, training.unreplicate({"a": np.arange(3)}), {"a": 0})
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 def test_a_step_consumes_its_state_and_traces_once(spread):
     step, place, _ = standard(spread)

@@ -1,12 +1,16 @@
 """Statistics drawn at test time, and noise after normalization."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from normalizers import KEY, QUICK, draw, in_training
 
 import jaxbn
+import jaxbn.linen
+import jaxbn.nnx
 from jaxbn import variants
 
 BATCHES = [draw(seed, (12, 4)) for seed in range(3)]
@@ -125,3 +129,63 @@ def test_training_without_a_key_is_refused():
     norm = variants.noisy(jaxbn.identity())
     with pytest.raises(ValueError, match="rng="):
         norm.apply({"batch_stats": {}}, X, train=True)
+
+
+def test_gains_below_one_are_refused():
+    with pytest.raises(ValueError, match=r"scale_range=0\.5"):
+        variants.noisy(jaxbn.batch_norm(), scale_range=0.5)
+
+
+BANKED = variants.stochastic_batch_norm(bank_size=4)
+
+
+def is_variable(node):
+    return isinstance(node, nnx.Variable)
+
+
+def banked(stats):
+    """A bank in which each recorded batch has a mean of its own: slot + 1 in every layer, and variance 1."""
+    means = jnp.broadcast_to(jnp.arange(1.0, 5.0)[:, None], stats["mean_bank"].shape)
+    return stats | {"mean_bank": means, "var_bank": jnp.ones_like(means), "step": jnp.asarray(4, jnp.int32)}
+
+
+class Drawing(nn.Module):
+    """Tells which batch each of three layers draws."""
+
+    norm: jaxbn.Normalizer
+
+    @nn.compact
+    def __call__(self, x):
+        layers = [jaxbn.linen.Norm(self.norm, use_running_average=True, name=f"layer_{i}") for i in range(3)]
+        return jnp.stack([-layer(jnp.zeros_like(x))[0, 0] for layer in layers])
+
+
+@pytest.mark.parametrize("norm", [BANKED, variants.frozen(BANKED), jaxbn.recordable(BANKED)])
+def test_all_linen_layers_draw_one_batch(norm):
+    model = Drawing(norm)
+    variables = model.init(KEY, X)
+    stats = {name: banked(layer) for name, layer in variables["batch_stats"].items()}
+    draw_at = jax.jit(lambda key: model.apply({**variables, "batch_stats": stats}, X, rngs={"norm": key}))
+    drawn = np.stack([np.round(draw_at(key)) for key in jax.random.split(KEY, 16)])
+    np.testing.assert_array_equal(drawn, drawn[:, :1] * np.ones(3))
+    assert len(set(drawn[:, 0])) > 1
+
+
+def test_all_nnx_layers_draw_one_batch():
+    rngs = nnx.Rngs(0, norm=1)
+    layers = [jaxbn.nnx.Norm(BANKED, 4, use_running_average=True, rngs=rngs) for _ in range(3)]
+    for layer in layers:
+        stats = banked({name: v[...] for name, v in layer.batch_stats.items()})
+        jax.tree.map(
+            lambda v, new: v.set_value(new), layer.batch_stats, stats, is_leaf=lambda v: isinstance(v, nnx.Variable)
+        )
+    drawn = np.array([[float(jnp.round(-layer(jnp.zeros((2, 4)))[0, 0])) for layer in layers] for _ in range(8)])
+    np.testing.assert_array_equal(drawn, drawn[:, :1] * np.ones(3))
+    assert len(set(drawn[:, 0])) > 1
+
+
+def test_noise_is_each_layers_own():
+    model = Drawing(variants.noisy(jaxbn.batch_norm()))
+    rngs = nnx.Rngs(0, norm=1)
+    layers = [jaxbn.nnx.Norm(model.norm, 4, rngs=rngs) for _ in range(2)]
+    assert not np.any(layers[0](X) == layers[1](X))

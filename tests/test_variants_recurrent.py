@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from normalizers import KEY, QUICK, draw, in_training
 
+import jaxbn
 from jaxbn import variants
 from jaxbn.variants._lstm_linen import BatchNormLSTMCell, rnn
 
@@ -207,3 +208,43 @@ def test_statistics_are_shared_over_shards(variables):
     ys = jax.jit(mapped, compiler_options=QUICK)(parts)
     whole, _, _ = run(CELL, variables, X, train=True)
     np.testing.assert_allclose(jnp.swapaxes(ys, 0, 1).reshape(whole.shape), whole, **CLOSE)
+
+
+def test_init_of_the_cell_takes_no_key_twice():
+    normal = jax.nn.initializers.normal()
+    cell = variants.batch_norm_lstm(3, 4, scale_init=normal)
+    with jax.debug_key_reuse(True):
+        variables = jax.jit(lambda key: cell.init(key, jax.ShapeDtypeStruct((6, 5), jnp.float32)))(KEY)
+    scales = [np.asarray(variables["params"][name]["scale"]) for name in ("input", "recurrent")]
+    assert not np.any(scales[0] == scales[1])
+
+
+def test_the_cell_is_scanned_inside_shard_map():
+    cell = variants.batch_norm_lstm(3, 4, axis_name="data")
+    alone = variants.batch_norm_lstm(3, 4)
+    x = draw(0, (5, 8, 6))
+    variables = alone.init(KEY, x[0])
+
+    def outputs(cell, x):
+        def step(carried, x):
+            carry, stats = carried
+            carry, y, stats = cell.apply({**variables, "batch_stats": stats}, carry, x, train=True)
+            return (carry, stats), y
+
+        (_, stats), ys = jax.lax.scan(step, (cell.initial_carry(x[0]), variables["batch_stats"]), x)
+        return ys, stats
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    part = jax.P(None, "data")
+    sharded = jax.shard_map(functools.partial(outputs, cell), mesh=mesh, in_specs=part, out_specs=(part, jax.P()))
+    both = jax.jit(lambda x: (sharded(x), outputs(alone, x)), compiler_options=QUICK)(x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), *both)
+
+
+@pytest.mark.parametrize(
+    "made", [variants.recurrent_batch_norm(3), jaxbn.batch_norm(), variants.recurrent_batch_norm(7)]
+)
+def test_statistics_made_for_another_length_are_refused(made):
+    norm, x = variants.recurrent_batch_norm(5), draw(0, (6, 4))
+    with pytest.raises(ValueError, match="max_length=5"):
+        norm.apply(made.init(KEY, x), x, train=False, step=0)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 
 from experiments.aot.collectives import collectives
-from experiments.aot.hlo import temporary_bytes, text_of
+from experiments.aot.hlo import parse, temporary_bytes, text_of
 from experiments.aot.hlo_bytes import traffic
 
 
@@ -15,6 +15,7 @@ class Cost(NamedTuple):
     Attributes:
       all_reduces: on the path that normally runs.
       rare: all-reduces in loops that run where statistics are badly conditioned.
+      branches: conditionals, and loops of which values decide the end.
       payload: bytes of the results of `all_reduces`, parameters' gradients included.
       moved: bytes read from and written to main memory on that path.
       moved_rarely: bytes that one round of each of those loops adds.
@@ -24,6 +25,7 @@ class Cost(NamedTuple):
 
     all_reduces: int
     rare: int
+    branches: int
     payload: int
     moved: int
     moved_rarely: int
@@ -37,4 +39,5 @@ def cost_of(compiled: jax.stages.Compiled) -> Cost:
     sent = [c for c in collectives(text) if c.kind == "all-reduce"]
     normal = [c for c in sent if not c.rare]
     temporary = temporary_bytes(compiled)
-    return Cost(len(normal), len(sent) - len(normal), sum(c.bytes for c in normal), *traffic(text), temporary)
+    payload = sum(c.bytes for c in normal)
+    return Cost(len(normal), len(sent) - len(normal), parse(text).branches(), payload, *traffic(text), temporary)

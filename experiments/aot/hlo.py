@@ -112,6 +112,12 @@ class HloModule(NamedTuple):
                 if instruction.opcode == "while":
                     yield name, instruction
 
+    def branches(self) -> int:
+        """How many instructions wait for data: every conditional, and the loops of which values decide the end."""
+        instructions = [i for inside in self.computations.values() for i in inside.values()]
+        conditionals = sum(instruction.opcode == "conditional" for instruction in instructions)
+        return conditionals + sum(self.rounds(*loop) is None for loop in self.loops())
+
     def rounds(self, computation: str, loop: Instruction) -> int | None:
         """How often a loop's body runs; None where values decide, as for badly conditioned statistics.
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from experiments.aot import programs as aot_programs
 from experiments.aot.programs import ARMS, compile_chain, compile_layer, compile_loop, compile_step
-from experiments.bench.memory import NORMS
+from experiments.bench.peers import WITH_RELU
 from experiments.training import conv_chain
 
 FLOAT32 = 4  # bytes
@@ -34,7 +34,7 @@ class Line(NamedTuple):
 def layer(mesh: Mesh) -> tuple[str, int, Iterator[Line]]:
     """One layer, its gradients alone and with its output, plain and followed by relu."""
 
-    def lines():
+    def lines() -> Iterator[Line]:
         for output in (False, True):
             for after, activation in (("", None), (" + relu", jax.nn.relu)):
                 for arm in ("jaxbn", "jaxbn, fused", "flax") if activation else ("jaxbn", "flax"):
@@ -60,9 +60,9 @@ def chain(mesh: Mesh) -> tuple[str, int, Iterator[Line]]:
 def loop(mesh: Mesh) -> tuple[str, int, Iterator[Line]]:
     """Loops over six blocks, each device with a batch of its own: what they keep, without and with the policy."""
 
-    def lines():
+    def lines() -> Iterator[Line]:
         for first, block in (("convolution", conv_chain.convolve_first), ("norm", conv_chain.norm_first)):
-            for name, norm in NORMS.items():
+            for name, norm in WITH_RELU.items():
                 for policy in (False, True):
                     what = f"{name}, {first} first{', policy' if policy else ''}"
                     yield Line(what, partial(compile_loop, conv_chain.loop(block, policy), norm(), mesh))

@@ -77,20 +77,13 @@ def compile_chain(norm: jaxbn.Normalizer, mesh: Mesh, shape: tuple[int, ...] = C
       mesh: with one axis, "data".
       shape: of x, dy and each activation on one device, float32.
     """
-    unit = conv_chain.unit_shapes(norm, shape)
-    batch_stats = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), unit.pop("batch_stats"))
-
-    def gradient(x: jax.Array, units: list[dict], dy: jax.Array) -> tuple:
-        def chain(x: jax.Array, units: list[dict]) -> tuple[jax.Array, list]:
-            return conv_chain.written_out(norm, x, [{**unit, "batch_stats": batch_stats} for unit in units])
-
-        return conv_chain.gradient_of(chain)(x, units, dy)
-
+    gradient = conv_chain.gradient_of(partial(conv_chain.written_out, norm))
     sharded = jax.shard_map(
         gradient, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=((P("data"), P()), P())
     )
     x = _sharded(shape, mesh)
-    return jax.jit(sharded).lower(x, _whole([unit] * CHAIN_LENGTH, mesh), x).compile()
+    units = [conv_chain.unit_shapes(norm, shape)] * CHAIN_LENGTH
+    return jax.jit(sharded).lower(x, _whole(units, mesh), x).compile()
 
 
 def compile_loop(

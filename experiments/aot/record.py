@@ -78,7 +78,16 @@ def added(entries: list[Entry], entry: Entry) -> list[Entry]:
 def columns(entry: Entry) -> list[str]:
     """What the figures of a line are."""
     label = "T" if entry.unit else "GiB"
-    return ["all-reduces", "rare", "KiB sent", f"moved {label}", f"rare {label}", f"on chip {label}", f"kept {label}"]
+    return [
+        "all-reduces",
+        "rare",
+        "branches",
+        "KiB sent",
+        f"moved {label}",
+        f"rare {label}",
+        f"on chip {label}",
+        f"kept {label}",
+    ]
 
 
 def figures(entry: Entry, counted: Counted) -> list[str]:
@@ -88,6 +97,7 @@ def figures(entry: Entry, counted: Counted) -> list[str]:
     return [
         str(cost.all_reduces),
         str(cost.rare),
+        str(cost.branches),
         f"{cost.payload / KIB:.1f}",
         *(f"{volume / size:.3f}" for volume in volumes),
     ]

@@ -4,8 +4,8 @@
 
 One layer, twenty times a 3 x 3 convolution, the norm and relu, both with gradients, and a train step of ResNet-50 with
 bfloat16 activations, for the device that is here. All in one process, in an order drawn anew each round, JAX's caches
-emptied before each. Lines are those of the compiled program's text; branches are its `while` and `conditional`
-instructions, which on a GPU make the host wait where data decide them.
+emptied before each. Lines are those of the compiled program's text; branches are its conditionals and the loops of
+which values decide the end: on a GPU the host waits for each.
 """
 
 import time
@@ -42,7 +42,7 @@ class Row(NamedTuple):
       compile: median seconds to compile what was lowered.
       ours_over: median over the rounds of our time for both over a library's.
       lines: of the compiled program's text.
-      branches: its `while` and `conditional` instructions.
+      branches: its conditionals, and its loops of which values decide the end.
     """
 
     name: str
@@ -144,9 +144,7 @@ def build(program: Callable[[jaxbn.Normalizer], Lowerable], norm: jaxbn.Normaliz
     compiled = lowered.compile()
     ended = time.perf_counter()
     text = text_of(compiled)
-    instructions = [i for inside in parse(text).computations.values() for i in inside.values()]
-    branches = sum(i.opcode in ("while", "conditional") for i in instructions)
-    return Built(halfway - began, ended - halfway, len(text.splitlines()), branches)
+    return Built(halfway - began, ended - halfway, len(text.splitlines()), parse(text).branches())
 
 
 def tabulate(rows: Sequence[Row]) -> list[Table]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments.aot import record as aot_record
 from experiments.bench import accuracy, compile, grid, memory, operation, steps
 from experiments.bench.one_layer import BOTH, FORWARD
-from experiments.bench.peers import OURS
+from experiments.bench.peers import LINEN, OURS
 from experiments.bench.record import Measured, origin, read
 from experiments.framework.tables import Table, to_markdown
 
@@ -59,7 +59,7 @@ def speed(rows: list[operation.Row]) -> list[Table]:
         some = [of[shape, *kind] for shape in shapes]
         over_flax, over_best = (
             operation.geometric_mean([over(row) for row in some])
-            for over in (lambda row: row.ours_over[operation.FLAX], lambda row: row.ours_over[row.best])
+            for over in (lambda row: row.ours_over[LINEN], lambda row: row.ours_over[row.best])
         )
         means.append(f"{over_flax:.2f} / {over_best:.2f}")
     note = (
@@ -70,7 +70,7 @@ def speed(rows: list[operation.Row]) -> list[Table]:
 
 
 def _over_two(row: operation.Row) -> str:
-    return f"{row.ours_over[operation.FLAX]:.2f} / {row.ours_over[row.best]:.2f}"
+    return f"{row.ours_over[LINEN]:.2f} / {row.ours_over[row.best]:.2f}"
 
 
 def step_times(rows: list[steps.Row]) -> list[Table]:

@@ -17,7 +17,8 @@ import jax
 
 import jaxbn
 from experiments.aot import hlo
-from experiments.bench.peers import followed_by, linen
+from experiments.bench.peers import LINEN as PEER
+from experiments.bench.peers import WITH_RELU as NORMS
 from experiments.framework.tables import Table
 from experiments.training.conv_chain import (
     BLOCKS,
@@ -32,12 +33,6 @@ from experiments.training.conv_chain import (
 
 FLOAT32 = 4  # bytes
 SHAPE = (32, 56, 56, 64)
-PEER = "flax.linen"
-NORMS: dict[str, Callable[[], jaxbn.Normalizer]] = {
-    "jaxbn": lambda: followed_by(jaxbn.batch_norm(), jax.nn.relu),
-    "jaxbn, relu fused": lambda: jaxbn.batch_norm(activation=jax.nn.relu),
-    PEER: lambda: followed_by(linen(), jax.nn.relu),
-}
 CONVOLUTION_FIRST = "a loop over convolution, norm, relu"
 NORM_FIRST = "a loop over norm, relu, convolution"
 UNROLLED = "convolution, norm, relu, unrolled"

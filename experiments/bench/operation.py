@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from experiments.bench import one_layer
 from experiments.bench.compare import compare
 from experiments.bench.one_layer import BOTH, EVAL, FORWARD, LayerCall
-from experiments.bench.peers import FUSED, OURS
+from experiments.bench.peers import FUSED, LINEN, OURS
 from experiments.framework.pictures import LOOK
 from experiments.framework.tables import Table
 
@@ -43,7 +43,6 @@ KINDS = ((EVAL, False), (FORWARD, False), (BOTH, False), (BOTH, True))
 PASSES = {EVAL: 2, FORWARD: 3, BOTH: 8}
 ROUNDS = 15
 FLOOR = "memory floor"
-FLAX = "flax.linen"
 
 
 class Row(NamedTuple):
@@ -107,16 +106,16 @@ def _table(key: tuple[str, str, bool], rows: Sequence[Row]) -> Table:
         [
             shape_in_words(row.case),
             f"{1e6 * row.seconds[next(iter(row.seconds))]:.0f}",
-            f"{row.ours_over[FLAX]:.2f}",
+            f"{row.ours_over[LINEN]:.2f}",
             f"{row.ours_over[row.best]:.2f}",
             row.best,
             f"{row.ours_over[FLOOR]:.2f}",
             f"{next(iter(row.temporary.values())) / row.case.bytes:.1f}",
-            f"{row.temporary[FLAX] / row.case.bytes:.1f}",
+            f"{row.temporary[LINEN] / row.case.bytes:.1f}",
         ]
         for row in rows
     ]
-    columns = [[row.ours_over[FLAX] for row in rows], [row.ours_over[row.best] for row in rows]]
+    columns = [[row.ours_over[LINEN] for row in rows], [row.ours_over[row.best] for row in rows]]
     body.append(["geometric mean", "", *(f"{geometric_mean(column):.2f}" for column in columns), "", "", "", ""])
     title = f"{mode}{', relu' if relu else ''}, {dtype}"
     return Table(title, ["x", "us", "/ Flax", "/ best", "best peer", "/ floor", "T", "Flax T"], body)

@@ -107,10 +107,16 @@ def followed_by(norm: jaxbn.Normalizer, activation: Activation | None) -> jaxbn.
     return jaxbn.Normalizer(norm.init, apply)
 
 
-OURS, FUSED = "jaxbn", "jaxbn, fused"
+OURS, FUSED, LINEN = "jaxbn", "jaxbn, fused", "flax.linen"
+# Our layer and Flax's, each with a relu.
+WITH_RELU: dict[str, Callable[[], jaxbn.Normalizer]] = {
+    OURS: lambda: followed_by(jaxbn.batch_norm(), jax.nn.relu),
+    "jaxbn, relu fused": lambda: jaxbn.batch_norm(activation=jax.nn.relu),
+    LINEN: lambda: followed_by(linen(), jax.nn.relu),
+}
 # The package that has to be installed, and the layer.
 PEERS: dict[str, tuple[str, Callable[[], jaxbn.Normalizer]]] = {
-    "flax.linen": ("flax", linen),
+    LINEN: ("flax", linen),
     "flax.linen, exact variance": ("flax", partial(linen, exact=True)),
     "flax.nnx": ("flax", flax_nnx),
     "haiku": ("haiku", haiku),

@@ -35,7 +35,7 @@ class Cluster(NamedTuple):
     Attributes:
       coordinator: "host:port" that process 0 opens and the others reach; None is one process alone.
       process: this process's number, from 0.
-      count: of processes.
+      processes: how many there are.
       heartbeat_seconds: after how long a process that is silent is given up. One that died while others wait for its
         part of a step is noticed at once.
       listen: the host at whose address process 0 listens, where that is not the coordinator's: behind a proxy, say.
@@ -43,12 +43,12 @@ class Cluster(NamedTuple):
 
     coordinator: str | None = None
     process: int = 0
-    count: int = 1
+    processes: int = 1
     heartbeat_seconds: int = 30
     listen: str | None = None
 
     def __str__(self) -> str:
-        return f"process {self.process} of {self.count}"
+        return f"process {self.process} of {self.processes}"
 
 
 def cluster_of(
@@ -100,9 +100,9 @@ def join(cluster: Cluster, devices: int | None) -> None:
     if cluster.coordinator is None:
         return
     host, port = meeting.address_of(cluster.coordinator)
-    listen = cluster.listen or host
+    listen = (cluster.listen or host).strip("[]")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
-    own = meeting.Hello(cluster.process, cluster.count, versions)
+    own = meeting.Hello(cluster.process, cluster.processes, versions)
     if cluster.process == 0:
         meeting.wait_for_all((listen, port), own, _to_stderr)
     else:
@@ -113,7 +113,7 @@ def join(cluster: Cluster, devices: int | None) -> None:
     with _aborts_as_lost(words), _interruptible():
         jax.distributed.initialize(
             cluster.coordinator,
-            num_processes=cluster.count,
+            num_processes=cluster.processes,
             process_id=cluster.process,
             coordinator_bind_address=f"[{listen}]:{port}" if ":" in listen else f"{listen}:{port}",
             heartbeat_timeout_seconds=cluster.heartbeat_seconds,
@@ -194,7 +194,7 @@ def tell_all(text: str) -> str:
     return bytes(_gather(sent)[0]).rstrip(b"\0").decode()
 
 
-def _gather(value: np.ndarray) -> np.ndarray:
+def _gather(value: np.ndarray | np.generic) -> np.ndarray:
     """The value of each process: [processes, ...]."""
     if jax.process_count() == 1:
         return np.asarray(value)[None]
@@ -208,7 +208,7 @@ def stop_requested(terminator: stopping.Terminator) -> int:
 
 def part_in_peace(cluster: Cluster) -> None:
     """Wait for the others and leave JAX's coordination service, so that none takes this process's end for a loss."""
-    if cluster.count > 1:
+    if cluster.processes > 1:
         jax.distributed.shutdown()
 
 
@@ -220,7 +220,7 @@ def giving_up(cluster: Cluster, saved: str) -> Iterator[None]:
       cluster: the processes.
       saved: where what is done is saved.
     """
-    if cluster.count == 1:
+    if cluster.processes == 1:
         yield
         return
     lost = f"error: {cluster} lost another: one died, froze or lost its connection"

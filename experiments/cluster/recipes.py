@@ -21,7 +21,7 @@ from jaxbn import training
 
 BENEFITS_WIDTHS = (100, 100, 100)
 DEEP_CONV_DEPTH = 19
-NORM = {"decay": 0.99, "epsilon": 1e-3}
+DECAY, EPSILON = 0.99, 1e-3  # of batch norm
 PARALLEL = ("shard_map", "jit")
 
 
@@ -40,7 +40,10 @@ class Recipe(NamedTuple):
 
     def described(self) -> dict:
         """The hyperparameters, as config.json has them: a run continues only with the same."""
-        return {"optimizer": {"name": self.optimizer.__name__, **self.arguments}, "norm": NORM}
+        return {
+            "optimizer": {"name": self.optimizer.__name__, **self.arguments},
+            "norm": {"decay": DECAY, "epsilon": EPSILON},
+        }
 
 
 RECIPES = {
@@ -85,7 +88,7 @@ def optimizer_of(settings: Settings) -> optax.GradientTransformation:
 def network_and_step(settings: Settings, mesh: Mesh, parallel: str) -> tuple[Network, training.Step]:
     """The network that `settings` names, and a dispatch of its training, over the mesh's axis "data"."""
     axis_name = "data" if parallel == "shard_map" else None
-    norm = jaxbn.batch_norm(**NORM, axis_name=axis_name, group_size=settings.group_size)
+    norm = jaxbn.batch_norm(decay=DECAY, epsilon=EPSILON, axis_name=axis_name, group_size=settings.group_size)
     network = RECIPES[settings.name].network(norm)
 
     def loss(variables: dict, batch: dict, rng: jax.Array) -> training.LossOutput:
@@ -116,8 +119,8 @@ def batches(settings: Settings, dataset: data.Dataset, done: int) -> Iterator[di
     own = slice(jax.process_index() * size, (jax.process_index() + 1) * size)
     seed, examples = jnp.int32(settings.seed), len(dataset.train_labels)
     for first in range(done, settings.steps, settings.interval):
-        rows = loop.batch_indices(seed, jnp.int32(first), settings.interval, settings.batch, examples)
-        rows = np.asarray(rows)[:, own]
+        drawn = loop.batch_indices(seed, jnp.int32(first), settings.interval, settings.batch, examples)
+        rows = np.asarray(drawn)[:, own]
         yield {"image": dataset.train_images[rows], "label": dataset.train_labels[rows]}
 
 
@@ -145,7 +148,7 @@ def check_data(settings: Settings, dataset: data.Dataset) -> None:
         )
     if settings.batch > examples:
         raise UserError(f"{settings.data} has {examples} examples to train on: pass a smaller --batch than that")
-    network = RECIPES[settings.name].network(jaxbn.batch_norm(**NORM))
+    network = RECIPES[settings.name].network(jaxbn.batch_norm(decay=DECAY, epsilon=EPSILON))
     images = jax.ShapeDtypeStruct((2, *dataset.train_images.shape[1:]), jnp.float32)
     try:
         variables = jax.eval_shape(network.init, jax.random.key(0), images)

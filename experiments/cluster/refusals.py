@@ -12,13 +12,13 @@ class Refusals(NamedTuple):
     """The refused steps of a run, or of a part of it.
 
     Attributes:
-      count: how many.
+      number: how many.
       first: the number of the first, from 1; 0 if there is none.
       parts: what was not finite in them, as `jaxbn.training.nonfinite_parts` names it.
       in_a_row: how many of the last steps were refused, up to the end.
     """
 
-    count: int = 0
+    number: int = 0
     first: int = 0
     parts: tuple[str, ...] = ()
     in_a_row: int = 0
@@ -38,7 +38,7 @@ class Refusals(NamedTuple):
         accepted = np.flatnonzero(skipped == 0)
         in_a_row = len(skipped) - 1 - accepted[-1] if accepted.size else self.in_a_row + len(skipped)
         return Refusals(
-            self.count + int(refused.size),
+            self.number + int(refused.size),
             self.first or done + int(refused[0]) + 1,
             tuple(dict.fromkeys([*self.parts, *parts])),
             int(in_a_row),
@@ -46,10 +46,10 @@ class Refusals(NamedTuple):
 
     def to_json(self) -> dict:
         """As a row or the summary has them."""
-        return {"count": self.count, "first": self.first, "not_finite": list(self.parts)}
+        return {"count": self.number, "first": self.first, "not_finite": list(self.parts)}
 
     def __str__(self) -> str:
-        steps = "1 step" if self.count == 1 else f"{self.count} steps"
+        steps = "1 step" if self.number == 1 else f"{self.number} steps"
         of = ", ".join(self.parts) or "weight: no example counted"
         return f"{steps} refused, the first at step {self.first} (not finite: {of})"
 
@@ -61,5 +61,5 @@ def together(rows: Iterable[Mapping]) -> Refusals:
         of_row = row.get("refused")
         if of_row:
             parts = tuple(dict.fromkeys([*found.parts, *of_row["not_finite"]]))
-            found = Refusals(found.count + of_row["count"], found.first or of_row["first"], parts)
+            found = Refusals(found.number + of_row["count"], found.first or of_row["first"], parts)
     return found

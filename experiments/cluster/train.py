@@ -16,7 +16,7 @@ import hashlib
 import json
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -116,8 +116,11 @@ def _train(settings: Settings, directory: Path, options: Options, terminator: Te
     mesh = Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
     dataset = processes.prepare_together(lambda: _load(settings))
     agreed = {**settings._asdict(), **options._asdict(), "devices": jax.local_device_count()}
-    processes.agree({**agreed, "data": dataset.fingerprint, "code": recipes.code()})
-    run = _open(settings, directory, dataset)
+    origin = provenance()
+    processes.agree(
+        {**agreed, "data": dataset.fingerprint, "code": recipes.code(), "set of versions": origin["versions"]}
+    )
+    run = _open(settings, directory, dataset, origin)
     network, step = recipes.network_and_step(settings, mesh, options.parallel)
     state = training.replicate(recipes.start(settings, network, dataset), mesh)
     processes.prepare_together(lambda: recipes.check_groups(settings, step, state, dataset))
@@ -136,7 +139,7 @@ def _train(settings: Settings, directory: Path, options: Options, terminator: Te
         began = began or (done, time.monotonic())  # after the first dispatch, which compiles
         _say(
             f"step {done} of {settings.steps}: loss {row['loss']:.4f}{rate}"
-            + (f"; {of_interval}" if of_interval.count else "")
+            + (f"; {of_interval}" if of_interval.number else "")
         )
         stop, hopeless = processes.stop_requested(terminator), refused.in_a_row >= options.give_up_after
         if stop or hopeless or done >= settings.steps or done - saved >= options.save_every:
@@ -158,10 +161,10 @@ def _load(settings: Settings) -> data.Dataset:
     return dataset
 
 
-def _open(settings: Settings, directory: Path, dataset: data.Dataset) -> _Run:
+def _open(settings: Settings, directory: Path, dataset: data.Dataset, origin: dict) -> _Run:
     """The run's directory, taken by process 0 for all; an error in all processes if that fails in one."""
     first = jax.process_index() == 0
-    record = processes.prepare_together(lambda: _record(settings, directory, dataset) if first else None)
+    record = processes.prepare_together(lambda: _record(settings, directory, dataset, origin) if first else None)
     token = processes.tell_all(lock.acquire(directory) if record is not None else "")
     if jax.process_count() > 1:
         processes.prepare_together(lambda: lock.share(directory) if first else None)
@@ -169,15 +172,15 @@ def _open(settings: Settings, directory: Path, dataset: data.Dataset) -> _Run:
     return _Run(directory, record)
 
 
-def _record(settings: Settings, directory: Path, dataset: data.Dataset) -> Record:
-    config = {
+def _record(settings: Settings, directory: Path, dataset: data.Dataset, origin: dict) -> Record:
+    config: dict[str, Any] = {
         "experiment": f"train {settings.name}",
         "preset": None,
         "settings": {**settings._asdict(), **RECIPES[settings.name].described()},
         "data": {"name": settings.data, "sha256": dataset.fingerprint},
         "code": recipes.code(),
         "devices": jax.device_count(),
-        "provenance": provenance(),
+        "provenance": origin,
     }
     record = open_record(directory, config)
     held = record.config
@@ -196,7 +199,7 @@ def _row(done: int, metrics: dict, refused: Refusals) -> dict:
     """A row of metrics.jsonl: means over the steps that were taken, and what is to be said of those refused."""
     taken = metrics["skipped"] == 0
     means = {name: np.mean(metrics[name][taken]) if taken.any() else np.nan for name in ("loss", "accuracy")}
-    return {"step": done, **means, **({"refused": refused.to_json()} if refused.count else {})}
+    return {"step": done, **means, **({"refused": refused.to_json()} if refused.number else {})}
 
 
 def _conclude(
@@ -210,7 +213,7 @@ def _conclude(
         refused = together(run.record.rows())
         summary |= {"accuracy": float(accuracy(variables, images, labels)), "refused": refused.to_json()}
         write_json(run.directory / "summary.json", compact(summary))
-        also = f"; {refused}" if refused.count else ""
+        also = f"; {refused}" if refused.number else ""
         say(f"test accuracy {summary['accuracy']:.4f}{also}; results in {run.directory}")
     say(f"process {jax.process_index()} of {jax.process_count()}: step {settings.steps}, sha256 {summary['sha256']}")
     return summary

@@ -26,7 +26,8 @@ from experiments.framework.files import NO_SPACE, inside, write_json, writing
 KEPT = 2  # the newest, and the one before in case it is damaged
 STATE, ROWS, SEAL = "state", "metrics.jsonl", "seal.json"
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file that it opens
+# Orbax logs every file that it opens, and each error several times, with stack traces, before it raises it.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Found(NamedTuple):

@@ -1,5 +1,7 @@
 """What a user sees while an experiment runs."""
 
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +14,20 @@ from experiments.framework import stopping
 Track = Callable[[str, int, int], None]  # label, units done, units in all
 
 FIRST_LINE, LONGEST_SILENCE = 5.0, 60.0  # seconds between lines, at first and at most, where there is no terminal
+
+
+class _Terminal(Console):
+    """A console that takes it as a request to stop when nobody reads it any more; Rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        stopping.silence(sys.stdout)
+        stopping.request(signal.SIGPIPE)
+
+
+def terminal() -> Console:
+    """Standard output, for tables and colors."""
+    return _Terminal()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from experiments.errors import UserError
 
@@ -72,7 +73,7 @@ def read_json(path: Path) -> dict:
     raise UserError(f"{path} is not readable JSON: put a copy of it in its place, or choose another --out")
 
 
-def compact(value: object) -> object:
+def compact(value: Any) -> Any:
     """A JSON-able copy: floats to 6 significant digits, numbers that are not finite as null."""
     if isinstance(value, dict):
         return {key: compact(entry) for key, entry in value.items()}
@@ -85,7 +86,7 @@ def compact(value: object) -> object:
     return value
 
 
-def revive(value: object) -> object:
+def revive(value: Any) -> Any:
     """The inverse of `compact`: null is a number that was not finite."""
     if isinstance(value, dict):
         return {key: revive(entry) for key, entry in value.items()}

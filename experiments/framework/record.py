@@ -89,7 +89,7 @@ class Record:
             os.fsync(file.fileno())
         self._digest.update(text)
 
-    def commit(self, state: Any = None, number: int | None = None, **changes: object) -> None:
+    def commit(self, state: Any = None, number: int | None = None, **changes: Any) -> None:
         """Make everything appended so far certain, and note where to continue.
 
         Args:

@@ -40,7 +40,8 @@ class Place(NamedTuple):
     def without_arrays(self) -> "Place":
         """The last place that needed no arrays."""
         size, digest, position = self.settled
-        return self._replace(bytes=size, sha256=digest, position=position, arrays=False)
+        finished = self.finished and not self.arrays
+        return self._replace(bytes=size, sha256=digest, position=position, arrays=False, finished=finished)
 
     def to_json(self) -> dict:
         """As progress.json has it."""

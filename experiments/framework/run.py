@@ -6,12 +6,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from experiments.errors import UserError
 from experiments.framework import registry, results
 from experiments.framework.claim import fingerprint
-from experiments.framework.display import Track, progress
+from experiments.framework.display import Track, progress, terminal
 from experiments.framework.experiment import Experiment, Grid, Settings, Trained
 from experiments.framework.grid import train_grid
 from experiments.framework.pictures import save
@@ -35,7 +34,7 @@ def run_experiment(experiment: Experiment, name: str, preset: str, settings: Set
     """
     config = config_of(experiment, name, preset, settings)
     record = open_record(directory, config)
-    console = Console()
+    console = terminal()
     seeds = f"{settings.seeds} seed{'s' if settings.seeds != 1 else ''}"
     console.print(f"{name}, preset {preset}, {seeds}, in {directory}\nSource: {experiment.source}", highlight=False)
     if not record.finished:
@@ -56,7 +55,7 @@ def run_experiment(experiment: Experiment, name: str, preset: str, settings: Set
 
 def run_all(preset: str, seeds: int | None, directory: Path) -> int:
     """Run every experiment in a directory of its own, those that are done apart; 1 if one of them failed, else 0."""
-    console, failed = Console(), []
+    console, failed = terminal(), []
     for number, name in enumerate(registry.EXPERIMENTS):
         where = directory / f"{name}-{preset}"
         console.rule(f"{number + 1} of {len(registry.EXPERIMENTS)}: {name}")
@@ -144,7 +143,7 @@ def plan(experiment: Experiment, name: str, preset: str, settings: Settings, dir
         raise UserError("a pilot needs two seeds at least, for a standard deviation")
     settings = dataclasses.replace(settings, first_seed=PILOT_SEED)
     record = open_record(directory, config_of(experiment, name, f"{preset}, pilot", settings))
-    console = Console()
+    console = terminal()
     if not record.finished:
         with progress(console) as track:
             measure(experiment, settings, record, track)

@@ -104,11 +104,11 @@ def say(line: str, file: IO[str] | None = None) -> None:
     try:
         print(line, file=stream, flush=True)
     except OSError:  # a closed pipe, or a terminal that is gone
-        _silence(stream)
+        silence(stream)
         request(signal.SIGPIPE)
 
 
-def _silence(stream: IO[str]) -> None:
+def silence(stream: IO[str]) -> None:
     """Let what is still printed vanish instead of failing again."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -142,6 +142,6 @@ def leave(status: int) -> None:
         try:
             stream.flush()
         except (OSError, ValueError):
-            _silence(stream)
+            silence(stream)
     lock.release_all()
     os._exit(status)

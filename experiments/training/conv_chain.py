@@ -85,13 +85,26 @@ def loop(block: Block, policy: bool) -> Chain:
 
 
 def gradient_of(chain: Callable) -> Callable:
-    """Of `chain(x, units) -> (y, moved)`: (x, units, dy) -> gradients of <y, dy> by x and the units, and `moved`."""
+    """Of `chain(x, units) -> (y, moved)`: (x, units, dy) -> gradients of <y, dy> by x and what is trained, and `moved`.
 
-    def loss(x: Array, units: dict | list, dy: Array) -> tuple[Array, dict | list]:
-        y, moved = chain(x, units)
-        return jnp.vdot(y, dy), moved
+    What is trained of a unit are "kernel" and "params": some libraries count steps among their statistics, and whole
+    numbers have no gradient.
+    """
 
-    return jax.grad(loss, argnums=(0, 1), has_aux=True)
+    def gradient(x: Array, units: dict | list, dy: Array) -> tuple:
+        def loss(x: Array, trained: dict | list) -> tuple[Array, dict | list]:
+            y, moved = chain(x, _map_units(lambda some, unit: {**unit, **some}, trained, units))
+            return jnp.vdot(y, dy), moved
+
+        trained = _map_units(lambda unit: {"kernel": unit["kernel"], "params": unit["params"]}, units)
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(x, trained)
+
+    return gradient
+
+
+def _map_units(f: Callable, *units: dict | list) -> dict | list:
+    """F of each unit; of stacked units, of all at once."""
+    return jax.tree.map(f, *units, is_leaf=lambda node: isinstance(node, dict) and "kernel" in node)
 
 
 def compile_gradient(chain: Callable, x: jax.ShapeDtypeStruct, units: dict) -> jax.stages.Compiled:

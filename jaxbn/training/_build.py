@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxbn.training._place import automatic, batch_spec
+from jaxbn.training._place import automatic, batch_spec, unreplicate
 from jaxbn.training._shards import Axis, Shards
 from jaxbn.training._state import Loss, TrainState
 from jaxbn.training._step import Metrics, advance
@@ -201,7 +201,7 @@ def pmap_step(
     def run(state, batch, rng):
         prove(jax.tree.map(_first_shape, state), batch, rng)
         state, metrics = mapped(state, jax.tree.map(split, batch), rng)
-        return state, jax.tree.map(lambda leaf: leaf[0], metrics)
+        return state, unreplicate(metrics)
 
     return Step(run, len(devices), microbatches, scan, donate)
 

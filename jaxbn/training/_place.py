@@ -39,8 +39,16 @@ def replicate_for_pmap(tree: Any, devices: list, axis: Hashable = "data") -> Any
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first device's copy of each leaf that `replicate_for_pmap` made."""
-    return jax.tree.map(lambda leaf: leaf[0], tree)
+    """The first device's copy of each leaf that `replicate_for_pmap` or a step by pmap made, on that device alone."""
+    return jax.tree.map(_first_copy, tree)
+
+
+def _first_copy(leaf):
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return leaf[0]
+    # Indexing all copies would run a program with collectives on all devices, one for each leaf and all at once, in
+    # which the threads of XLA:CPU can wait for each other.
+    return leaf.addressable_shards[0].data[0]
 
 
 def automatic(mesh: Mesh) -> Mesh:

@@ -1,4 +1,4 @@
-"""The normalizers of the literature, each one a `Normalizer`; the Flax linen cell is in `lstm_linen`."""
+"""The normalizers of the literature, each one a `Normalizer`; the cell for `flax.linen.RNN` is in `_lstm_linen`."""
 
 from jaxbn.variants._conditional import conditional_batch_norm
 from jaxbn.variants._filter_response import filter_response_norm
@@ -9,7 +9,7 @@ from jaxbn.variants._instance import instance_norm
 from jaxbn.variants._inverse_root import inverse_square_root, newton_inverse_square_root
 from jaxbn.variants._layer import layer_norm
 from jaxbn.variants._lstm import LSTMCarry, RecurrentCell, batch_norm_lstm
-from jaxbn.variants._mean_only import mean_only_batch_norm, weight_norm, weight_norm_init, weight_norm_split
+from jaxbn.variants._mean_only import mean_only_batch_norm
 from jaxbn.variants._noisy import noisy
 from jaxbn.variants._predecessors import penalty, renormalize_after_step
 from jaxbn.variants._recurrent import recurrent_batch_norm
@@ -18,6 +18,7 @@ from jaxbn.variants._root_mean_square import rms_norm
 from jaxbn.variants._split import split_batch_norm
 from jaxbn.variants._stochastic import stochastic_batch_norm
 from jaxbn.variants._virtual import virtual_batch_norm
+from jaxbn.variants._weight_norm import weight_norm, weight_norm_init, weight_norm_split
 from jaxbn.variants._whitening import whitening_norm
 
 __all__ = [

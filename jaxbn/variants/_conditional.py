@@ -33,7 +33,7 @@ def conditional_batch_norm(
     x's first axis; and `residual`, an array of x's shape added before the activation. Either
 
     - classes (Dumoulin, Shlens and Kudlur 2017, equation 5): num_classes rows of scales and biases, and `condition` is
-      int [batch], the row of each example (a row that there is not gives NaN); or
+      int [batch], the row of each example (NaN where it is out of range); or
     - vectors (de Vries et al. 2017): `condition` is [batch, condition_size] and scale(condition) = scale +
       condition @ scale_kernel, bias(condition) = bias + condition @ bias_kernel.
 
@@ -86,7 +86,7 @@ def conditional_batch_norm(
         standardize = batch_norm(dtype=stats_dtype(x), **shared).apply
         batch = dict(where=where, weights=weights, rng=rng)
         xhat, batch_stats = standardize({"params": {}, "batch_stats": batch_stats}, x, train=train, **batch)
-        # [batch, features] with ones for the positions; the batch axis, which is reduced too, is kept.
+        # [batch, features] as [batch, 1, ..., features]: one scale and bias for each example.
         positions = reduced_axes(x.ndim, (0, feature_axis))
         scale, bias = (jnp.expand_dims(v, positions) for v in (scale, bias))
         residual = silenced(residual, combined_weights(x, where, weights))
@@ -119,7 +119,7 @@ def conditional_batch_norm(
 
 
 def _row(params, name, condition):
-    # A negative index would count from the end: put past the end it gives NaN, as any class that there is not.
+    # A negative index would count from the end. Moved past the end it gives NaN, as every class out of range does.
     rows = params[name]
     index = jnp.where(condition < 0, len(rows), condition)
     return rows.at[index].get(mode="fill", fill_value=jnp.nan)

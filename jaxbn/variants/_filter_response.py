@@ -37,7 +37,9 @@ def filter_response_norm(
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     activation: Activation | None = None,
 ) -> Normalizer:
-    """Filter response normalization (Singh and Krishnan 2020, section 3); no running state, both modes alike.
+    """Filter response normalization (Singh and Krishnan 2020, section 3).
+
+    It keeps no running statistics: training and evaluation compute the same.
 
     y = max(scale * x / sqrt(nu2 + epsilon) + bias, threshold), nu2 the mean of x**2 over the positions of one feature
     map of one example. The maximum is the paper's thresholded linear unit (TLU), which takes the place of a ReLU.

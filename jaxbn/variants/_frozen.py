@@ -37,7 +37,7 @@ def frozen(norm: Normalizer, *, freeze_params: bool = False) -> Normalizer:
         y, _ = norm.apply({"params": params, "batch_stats": batch_stats}, x, train=False, **arguments)
         return y, batch_stats
 
-    return Normalizer(norm.init, apply)
+    return type(norm)(norm.init, apply)
 
 
 def path_mask(tree: Any, path_filter: PathFilter) -> Any:

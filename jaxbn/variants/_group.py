@@ -1,6 +1,7 @@
 """Group normalization: every example by the mean and variance of groups of its channels."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,9 @@ def group_norm(
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     activation: Activation | None = None,
 ) -> Normalizer:
-    """Group normalization (Wu and He 2018, equations 1, 6 and 7); no running state, both modes alike.
+    """Group normalization (Wu and He 2018, equations 1, 6 and 7).
+
+    It keeps no running statistics: training and evaluation compute the same.
 
     The channels fall into groups of neighbours; mean and var are those of one group of one example, over all positions.
     One group is layer normalization over everything, as many groups as channels is instance normalization. `apply` also
@@ -73,7 +76,7 @@ def group_norm(
         batch = (a + (a > channels) for a in canonical_axes(batch_axis, x.ndim, "batch_axis"))
         axes = reduced_axes(parts.ndim, (*batch, channels), "batch_axis, feature_axis")
         check_several(parts, axes, axis_group_of(axis_name, None))
-        how = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=stats_dtype(x))
+        how: dict[str, Any] = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=stats_dtype(x))
         xhat = batch_normalize(parts, weights=weights, **how)[0].reshape(x.shape)
         return scale_shift(
             xhat, params.get("scale"), params.get("bias"), residual, activation, jnp.dtype(dtype or x.dtype)

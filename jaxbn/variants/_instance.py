@@ -1,6 +1,7 @@
 """Instance normalization: every feature map of every example by itself."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,9 @@ def instance_norm(
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     activation: Activation | None = None,
 ) -> Normalizer:
-    """Instance normalization (Ulyanov, Vedaldi and Lempitsky 2016, section 2); no running state, both modes alike.
+    """Instance normalization (Ulyanov, Vedaldi and Lempitsky 2016, section 2).
+
+    It keeps no running statistics: training and evaluation compute the same.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias with mean and var over the positions, which are all axes but
     those of batch and features. `apply` also takes `residual`, an array of x's shape added before the activation.
@@ -64,9 +67,9 @@ def instance_norm(
     def compute(x, params, weights, residual):
         axes = reduced_axes(x.ndim, kept(x.ndim))
         check_several(x, axes, axis_group_of(axis_name, None))
-        # As the statistics: without the axes reduced, and with ones for those of the batch.
+        # Shaped as the statistics: without the reduced axes, and with length 1 along the batch axes.
         scale, bias = (None if v is None else jnp.squeeze(v, axes) for v in map(params.get, ("scale", "bias")))
-        how = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=dtype)
+        how: dict[str, Any] = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=dtype)
         y, _ = batch_normalize(x, scale, bias, weights=weights, residual=residual, activation=activation, **how)
         return y
 

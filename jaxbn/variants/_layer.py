@@ -1,6 +1,7 @@
 """Layer normalization: every example by its own mean and variance over its units."""
 
 from collections.abc import Hashable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,9 @@ def layer_norm(
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     activation: Activation | None = None,
 ) -> Normalizer:
-    """Layer normalization (Ba, Kiros and Hinton 2016, equations 3 and 4); no running state, both modes alike.
+    """Layer normalization (Ba, Kiros and Hinton 2016, equations 3 and 4).
+
+    It keeps no running statistics: training and evaluation compute the same.
 
     y = scale * (x - mean) / sqrt(var + epsilon) + bias with mean and var over `axis`, one pair per example (and per
     position, where x has more axes). `apply` also takes `residual`, an array of x's shape added before the activation.
@@ -59,7 +62,7 @@ def layer_norm(
     def compute(x, params, weights, residual):
         axes = canonical_axes(axis, x.ndim)
         check_several(x, axes, axis_group_of(axis_name, None))
-        how = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=stats_dtype(x))
+        how: dict[str, Any] = dict(axis=axes, epsilon=epsilon, axis_name=axis_name, dtype=stats_dtype(x))
         xhat, _ = batch_normalize(x, weights=weights, **how)
         return scale_shift(
             xhat, params.get("scale"), params.get("bias"), residual, activation, jnp.dtype(dtype or x.dtype)

@@ -93,7 +93,7 @@ def batch_norm_lstm(
 
     def initial_carry(x):
         hidden = jnp.zeros((x.shape[0], features), x.dtype)
-        # Inside shard_map a carry has to vary over the mesh axes over which what is put into it does.
+        # Inside shard_map the initial carry has to vary over the same mesh axes as the carries that follow it.
         axes = tuple(varying_axes(x)) if isinstance(x, jax.Array) else ()
         hidden = jax.lax.pcast(hidden, axes, to="varying") if axes else hidden
         return LSTMCarry(hidden, hidden.astype(stats_dtype(x)), jnp.zeros((), jnp.int32))

@@ -62,7 +62,7 @@ class BatchNormLSTMCell(nn.RNNCellBase):
         variables = {"params": params, "batch_stats": {name: v.value for name, v in stats.items()}}
         train = not (self.use_running_average or self.is_initializing())
         step, where = carry.step[0], carry.step < carry.lengths
-        # `nn.RNN` asks for a carry without saying of which dtype x is.
+        # `nn.RNN` asks for the first carry without telling the dtype of x.
         here = LSTMCarry(carry.hidden.astype(x.dtype), carry.cell, step)
         here, y, moved = self.cell.apply(variables, here, x, train=train, where=where)
         if train:

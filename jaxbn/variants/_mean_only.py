@@ -1,4 +1,4 @@
-"""Mean-only batch normalization, and the weight normalization that it goes with."""
+"""Mean-only batch normalization: center by the batch, and leave the scale to the weights."""
 
 from collections.abc import Hashable, Sequence
 
@@ -7,17 +7,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
-from jaxbn._axis_group import AxisGroup, axis_group_of
-from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
+from jaxbn._axis_group import axis_group_of
+from jaxbn._checks import check_decay, check_several, checked
 from jaxbn._factory import normalizer_factory
-from jaxbn._inputs import along, canonical_axes, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
+from jaxbn._inputs import along, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
 from jaxbn._measure import centered, measure_groups
 from jaxbn._moments import Moments
 from jaxbn._normalizer import Normalizer
 from jaxbn._padding import at_running_mean, silenced
 from jaxbn._recording import MeasuringNormalizer, running_normalizer
 from jaxbn._running import over_all_groups, update_batch_stats
-from jaxbn.variants._root_mean_square import root_mean_square_normalize
 
 
 @normalizer_factory
@@ -93,80 +92,10 @@ def mean_only_batch_norm(
         return finish(c, bias, residual, x), over_all_groups(lax.stop_gradient(rows), axis_group)
 
     def _update(batch_stats, moments):
-        # The variance, which may overflow where the mean does not, is nobody's concern here.
+        # The variance is not used, so a variance that overflows must not make the batch be refused.
         moments = Moments(moments.count, moments.mean, jnp.zeros_like(moments.var))
         return update_batch_stats(batch_stats, moments, decay=decay, skip_nonfinite=skip_nonfinite)
 
     measuring = MeasuringNormalizer(init, train, evaluate)
     everyone = axis_group._replace(groups=None)
     return running_normalizer(measuring, _update, feature_axis=feature_axis, axis_group=everyone)
-
-
-def weight_norm(direction: jax.Array, gain: jax.Array, *, feature_axis: int = -1) -> jax.Array:
-    """The kernel gain * direction / ||direction||, one norm per output feature (Salimans and Kingma 2016, equation 2).
-
-    Args:
-      direction: kernel of a dense layer or a convolution, its output features along `feature_axis`.
-      gain: [features], the norms that the result has.
-      feature_axis: of the kernel.
-
-    Returns:
-      A kernel of direction's shape and dtype; a direction of zeros gives zeros.
-
-    Raises:
-      ValueError: a gain of another shape.
-    """
-    if jnp.shape(gain) != feature_shape(direction, feature_axis):
-        raise ValueError(f"gain has shape {jnp.shape(gain)}; the kernel, {direction.shape}, has one for each feature.")
-    unit, _ = _split(direction, feature_axis)
-    return (unit * along(gain, direction.ndim, feature_axis)).astype(direction.dtype)
-
-
-def weight_norm_split(kernel: jax.Array, *, feature_axis: int = -1) -> tuple[jax.Array, jax.Array]:
-    """The direction and gain that `weight_norm` makes this kernel of: the kernel itself, and its norms.
-
-    Args:
-      kernel: of a dense layer or a convolution, its output features along `feature_axis`.
-      feature_axis: of the kernel.
-
-    Returns:
-      direction, the kernel, and gain, [features] of the same dtype.
-    """
-    return kernel, _split(kernel, feature_axis)[1].astype(kernel.dtype)
-
-
-def weight_norm_init(
-    gain: jax.Array, bias: jax.Array, measured: Moments, *, epsilon: float = 1e-5
-) -> tuple[jax.Array, jax.Array]:
-    """Gain and bias with which pre-activations start at mean 0 and variance 1 (Salimans and Kingma 2016, equation 6).
-
-    The paper starts from gain 1 and bias 0; this holds for any: gain / std and (bias - mean) / std.
-
-    Args:
-      gain: [features].
-      bias: [features].
-      measured: of the pre-activations of a first batch under this gain and bias.
-      epsilon: added to the variance, inside the square root.
-
-    Returns:
-      The new gain and bias.
-
-    Raises:
-      ValueError: a negative epsilon.
-    """
-    checked_epsilon(epsilon)
-    inverse = lax.rsqrt(measured.var + epsilon)
-    return (gain * inverse).astype(gain.dtype), ((bias - measured.mean) * inverse).astype(bias.dtype)
-
-
-def _split(kernel, feature_axis):
-    """Kernel over its norms, and the norms, over all axes but the features'; zero over zero is zero."""
-    axes = tuple(a for a in range(kernel.ndim) if a not in canonical_axes(feature_axis, kernel.ndim, "feature_axis"))
-    # Changes no norm of weights above 1e-11 or so, and keeps zeros from 0 / 0.
-    tiny = jnp.asarray(1e-30)
-    root = root_mean_square_normalize(kernel, tiny, None, axes, AxisGroup())
-    size = 1
-    for axis in axes:
-        size *= kernel.shape[axis]
-    unit = root / jnp.sqrt(jnp.asarray(size, root.dtype))
-    return unit, jnp.sum(unit * kernel, axes)

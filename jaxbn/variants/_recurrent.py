@@ -35,7 +35,8 @@ def recurrent_batch_norm(max_length: int, *, scale_init: Initializer = _TENTH, *
       "var"} of shape [max_length, features] and "length", int32 []: steps that have been seen.
 
     Raises:
-      ValueError: max_length below 1; as `batch_norm`; and from apply, no step.
+      ValueError: max_length below 1; as `batch_norm`; and from apply, no step, or batch_stats made for
+        another max_length.
     """
     if max_length < 1:
         raise ValueError(f"max_length={max_length}; expected at least 1 time step.")

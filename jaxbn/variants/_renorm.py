@@ -124,8 +124,8 @@ def batch_renorm(
         batch = dict(where=where, weights=weights, dtype=stats_dtype(x), activation=None, residual=None)
         xhat, rows = normalize_by_batch(x, None, None, axis=axes, epsilon=epsilon, axis_group=axis_group, **batch)
         measured = axis_group.select_group(rows)
-        limits = _limits(batch_stats["step"] if step is None else step)
-        r, d = _correction(batch_stats, measured.moments, *limits, epsilon)
+        r_limit, d_limit = _limits(batch_stats["step"] if step is None else step)
+        r, d = _correction(batch_stats, measured.moments, r_limit, d_limit, epsilon)
         # scale * (xhat r + d) + bias, as one multiplication and one addition for each element.
         gain, shift = (r, d) if scale is None else (scale * r, scale * d)
         shift = shift if bias is None else shift + bias

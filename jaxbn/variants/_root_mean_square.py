@@ -19,7 +19,7 @@ from jaxbn._normalizer import Normalizer
 from jaxbn._padding import silenced
 from jaxbn.variants._each_example import each_example_norm
 
-# Squares are summed of x / 1024, which is exact, so that the sum over millions of values of 1e18 stays in float32.
+# x is divided by 1024, which is exact, before it is squared: sums over millions of values of 1e18 fit in float32.
 _ROOM = 2.0**-10
 
 
@@ -36,7 +36,9 @@ def rms_norm(
     param_dtype: jax.typing.DTypeLike = jnp.float32,
     activation: Activation | None = None,
 ) -> Normalizer:
-    """RMSNorm (Zhang and Sennrich 2019, equation 4); no running state, both modes alike.
+    """RMSNorm (Zhang and Sennrich 2019, equation 4).
+
+    It keeps no running statistics: training and evaluation compute the same.
 
     y = scale * x / sqrt(mean(x**2) + epsilon) with the mean over `axis`. `apply` also takes `residual`, an array of x's
     shape added before the activation.

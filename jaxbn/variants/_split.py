@@ -19,7 +19,7 @@ def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **opti
     `apply` takes `domain`: an int, or an int scalar array, for a batch of one domain; or int [batch], one for each
     example of x's first axis, and then each domain is normalized by its own part of the batch. Without it all of x is
     of domain 0, the main one, which the paper uses at test time. A domain of which the batch has nothing keeps its
-    running statistics. Examples of a domain that there is not come out as NaN and count nowhere.
+    running statistics. Examples whose domain is out of range come out as NaN and count nowhere.
 
     Args:
       num_domains: how many domains there are; the paper has 2.
@@ -42,10 +42,12 @@ def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **opti
     norm = batch_norm(**options)
 
     def init(key, x):
-        shared_key, *keys = jax.random.split(key, num_domains + 1)
-        each = jax.vmap(lambda k: norm.init(k, jax.ShapeDtypeStruct(x.shape, x.dtype)))(jnp.stack(keys))
-        params = norm.init(shared_key, x)["params"] if share_affine else each["params"]
-        return {"params": params, "batch_stats": each["batch_stats"]}
+        x = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        if share_affine:
+            one = norm.init(key, x)
+            rows = jax.tree.map(lambda v: jnp.broadcast_to(v, (num_domains, *v.shape)), one["batch_stats"])
+            return {"params": one["params"], "batch_stats": rows}
+        return jax.vmap(lambda k: norm.init(k, x))(jax.random.split(key, num_domains))
 
     def apply(variables, x, *, train, domain=None, where=None, weights=None, rng=None, residual=None):
         x = inexact(x)
@@ -58,7 +60,7 @@ def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **opti
 
     def _one(variables, x, domain, arguments):
         params, batch_stats = variables.get("params", {}), variables["batch_stats"]
-        # A domain that there is not, known only when the program runs, gives NaN and moves nothing.
+        # Where the domain is known only when the program runs: out of range it gives NaN and moves nothing.
         known = (domain >= 0) & (domain < num_domains)
         row = jnp.clip(domain, 0, num_domains - 1)
         chosen = {
@@ -83,7 +85,7 @@ def split_batch_norm(num_domains: int = 2, *, share_affine: bool = False, **opti
         axes = {"params": None if share_affine else 0, "batch_stats": 0}
         mapped = jax.vmap(each, in_axes=(axes["params"], axes["batch_stats"], 0))
         y, batch_stats = mapped(variables.get("params", {}), variables["batch_stats"], jnp.arange(num_domains))
-        # One term alone is not zero, so that the sum is exact in any dtype.
+        # Each example has one term that is not zero, so the sum is exact in any dtype.
         known = ((domain >= 0) & (domain < num_domains)).reshape(shape)
         return jnp.where(known, jnp.sum(y, axis=0), jnp.nan), batch_stats
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
 from jaxbn._normalize import normalize, normalize_by_batch
-from jaxbn._normalizer import Normalizer
+from jaxbn._normalizer import Normalizer, OneDrawNormalizer
 from jaxbn._padding import at_running_mean
 from jaxbn._recording import MeasuringNormalizer, running_normalizer
 from jaxbn._running import accepts, init_batch_stats, over_all_groups, running_moments, update_batch_stats
@@ -41,8 +42,10 @@ def stochastic_batch_norm(
     In training this is batch norm that also records the moments of each batch in a bank of the latest `bank_size`. At
     test time with `rng` it normalizes by those of one recorded batch, drawn uniformly: the outputs over many keys are
     samples of the approximate posterior predictive distribution. Without `rng`, or with an empty bank, it uses
-    the running statistics. One key for all layers draws the same batch in each, as in the paper. To record the
-    batches that belong to the final weights, train the last steps with a learning rate of 0.
+    the running statistics. One key for all layers draws the same batch in each, as in the paper; `jaxbn.linen.Norm` and
+    `jaxbn.nnx.Norm` give one to all layers. To record the batches that belong to the final weights, train the last
+    steps with a learning rate of 0. With `axis_index_groups` the bank holds the moments of all groups together,
+    the same on every shard.
 
     Args:
       bank_size: how many batches the bank holds.
@@ -82,7 +85,7 @@ def stochastic_batch_norm(
         step = jnp.zeros((), jnp.int32)
         return {"params": affine.init(key, shape), "batch_stats": running | bank | {"step": step}}
 
-    out = dict(epsilon=epsilon, activation=activation, dtype=dtype)
+    out: dict[str, Any] = dict(epsilon=epsilon, activation=activation, dtype=dtype)
 
     def read(variables, x, train):
         shape = feature_shape(x, feature_axis)
@@ -112,7 +115,7 @@ def stochastic_batch_norm(
     update = partial(_record, decay=decay, bank_size=bank_size)
     measuring = MeasuringNormalizer(init, train, evaluate)
     everyone = axis_group._replace(groups=None)
-    return running_normalizer(measuring, update, feature_axis=feature_axis, axis_group=everyone)
+    return OneDrawNormalizer(*running_normalizer(measuring, update, feature_axis=feature_axis, axis_group=everyone))
 
 
 def _draw(batch_stats, rng, bank_size):

@@ -96,8 +96,8 @@ def virtual_batch_norm(
             reference = checkpoint_name(_reference(x, weights), STATISTICS)
             batch_stats = _kept(batch_stats, reference)
         else:
-            kept = lax.stop_gradient(batch_stats)
-            reference = Measured(kept["count"], kept["mean"], jnp.zeros_like(kept["mean"]), kept["var"])
+            mean, var, count = (lax.stop_gradient(batch_stats[name]) for name in ("mean", "var", "count"))
+            reference = Measured(count, mean, jnp.zeros_like(mean), var)
         xhat = _standardize(x, weights, reference, reference_size if train else 0)
         scale, bias = (along(params.get(name), x.ndim, feature_axis) for name in ("scale", "bias"))
         return scale_shift(xhat, scale, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats

@@ -114,9 +114,8 @@ def whitening_norm(
             whitening = _inverse_root(axis_group.select_group(covariances))
             batch_stats = _moved(batch_stats, rows, covariances, whitening)
         else:
-            kept = lax.stop_gradient(batch_stats)
-            c = silenced(x - along(kept["mean"], x.ndim, feature_axis), weights)
-            whitening = kept["whitening"]
+            mean, whitening = (lax.stop_gradient(batch_stats[name]) for name in ("mean", "whitening"))
+            c = silenced(x - along(mean, x.ndim, feature_axis), weights)
         xhat = _merged(_product("ngi,gij->ngj", _rows(c), whitening), x)
         scale, bias = (along(params.get(name), x.ndim, feature_axis) for name in ("scale", "bias"))
         return scale_shift(xhat, scale, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
@@ -143,7 +142,7 @@ def whitening_norm(
         rows = _rows(c)
         share = safe_divide(jnp.ones((), rows.dtype), jnp.max(axis_group.select_group(counts)))
         if weights is None:
-            # Each factor takes its root of the share, so that the sum of squares has room in float32.
+            # Each factor is multiplied by the root of the share, so that the sum of squares does not overflow.
             rows = rows * jnp.sqrt(share)
             return _total(_product("ngi,ngj->gij", rows, rows))
         (axis,) = canonical_axes(feature_axis, c.ndim, "feature_axis")
