@@ -16,6 +16,10 @@ from jaxbn.testing._subject import Subject
 from jaxbn.testing._table import table, write
 from jaxbn.testing.adapters import subject_of
 
+SYMBOLS = """In the bounds: u is the unit roundoff, 2^-24 for float32. Of a set, the values normalized together: n is
+their number, peak the largest of their magnitudes, r = 1 / sqrt(var + epsilon), xhat = (x - mean) r,
+slack = (n + 8) u (1 + (peak r)^2), D = max |scale dy| and X = max |xhat|."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command: 0 where all laws hold, 1 where one is broken, 2 where a path or an option does not fit."""
@@ -23,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser.parse_args(arguments)
     if options.list:
-        print("\n\n".join(map(_described, LAWS.values())))
+        print("\n\n".join([SYMBOLS, *map(_described, LAWS.values())]))
         return 0
     if not options.paths:
         parser.error("name a layer, such as flax.linen.BatchNorm")
@@ -36,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shrink = not options.no_shrink
     reports = [survey(subject, laws, excused=skipped, examples=options.examples, shrink=shrink) for subject in subjects]
     if options.table or options.write:
-        text = table(reports, shlex.join(arguments))
+        text = table(reports, " ".join(map(_quoted, arguments)))
         if options.write:
             try:
                 write(options.write, text)
@@ -47,6 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n\n\n".join(map(str, reports)))
     strict = options.strict or laws is not None
     return 1 if any(counting(report, strict=strict) for report in reports) else 0
+
+
+def _quoted(argument: str) -> str:
+    """The argument as one would type it: in double quotes where it has spaces or parentheses."""
+    return argument if shlex.quote(argument) == argument or '"' in argument else f'"{argument}"'
 
 
 def _refused(error: Exception) -> int:

@@ -26,7 +26,7 @@ def with_cotangent(subject):
 
 
 @law(
-    statement="the input gradient sums to 0 over what is normalized together: a common shift costs nothing",
+    statement="the input gradient sums to 0 over what is normalized together, since a common shift changes nothing",
     bound=f"n times {EIGHT}",
     source=IOFFE,
     inputs=with_cotangent,
@@ -40,7 +40,7 @@ def gradient_orthogonal_to_ones(subject, x_dy):
 
 
 @law(
-    statement="the input gradient is orthogonal to xhat, as epsilon -> 0: a common factor costs nothing",
+    statement="the input gradient is orthogonal to xhat as epsilon -> 0, since a common factor changes nothing",
     bound=f"epsilon / (var + epsilon) |r sum(dy xhat)|, and sum |xhat| times {EIGHT}",
     source=IOFFE,
     inputs=with_cotangent,
@@ -85,7 +85,7 @@ def _rows(x):
 
 
 @law(
-    statement="the gradient is the slope: central differences in float64 agree",
+    statement="the gradient agrees with central differences in float64",
     bound="h^2 M / rho^3 (Cauchy's estimate: M = 4 sqrt(n) sum |dy| in a disc of rho = std / (4 max |direction|)), "
     "and 2 slack M / h for rounding, in the precision that comes back",
     source=BACKWARD,
@@ -133,8 +133,8 @@ def forward_equals_reverse(subject, x_dy):
 
 
 @law(
-    statement="there is a forward mode: what only has a custom_vjp cannot be differentiated by jvp, linearize, hessian",
-    bound="none: JAX can trace it",
+    statement="jvp, linearize and hessian work; a layer with only a custom_vjp refuses them",
+    bound="none: it runs",
     source="jaxbn's promise: derivatives of every mode",
     inputs=lambda s: {"x": values(s.shapes[0])},
     needs=("gradient", "forward mode"),
@@ -200,7 +200,7 @@ def weight_gradient_inverse_scale(subject, x, kernel, dy, factor):
 
 
 @law(
-    statement="multiplying the weights of a preceding linear map leaves the output, as epsilon -> 0",
+    statement="multiplying the weights of a preceding linear map by a positive factor leaves y, as epsilon -> 0",
     bound="as scale_invariance",
     source="Ioffe and Szegedy 2015, section 3.3",
     inputs=lambda s: _linear(s) | {"factor": st.sampled_from([4.0, 0.5, 8.0])},
@@ -215,7 +215,7 @@ def weight_scale_invariance(subject, x, kernel, dy, factor):
 
 
 @law(
-    statement="a bias in a preceding linear map gets no gradient: the normalization takes it out again",
+    statement="a bias in a preceding linear map gets no gradient, since the normalization subtracts it again",
     bound=f"n times {EIGHT}",
     source="Ioffe and Szegedy 2015, section 3.2",
     inputs=lambda s: _linear(s) | {"bias": st.sampled_from([0.0, 2.0, -5.0])},
@@ -241,7 +241,7 @@ def _linear(subject):
 
 
 @law(
-    statement="running statistics get no gradient: not from the output, in either mode",
+    statement="running statistics get no gradient from the output, in training or at test time",
     bound="none: exactly 0",
     source="jaxbn's promise: they are averages of the past, not parameters",
     inputs=lambda s: {"x": values(s.shapes[0])},

@@ -32,7 +32,7 @@ def _masked(x, kept, left_out):
 
 
 @law(
-    statement="with a mask over examples, those that count are normalized as if the others were not there",
+    statement="with a mask over examples, those that count are normalized as if the others were absent",
     bound=f"twice {SLACK}; running statistics as in running_closed_form",
     source=COUNTS,
     inputs=_some_rows,
@@ -70,8 +70,7 @@ def _padded(subject):
 
 
 @law(
-    statement="what a mask leaves out may be anything, NaN and infinity included: y, running statistics and gradients"
-    " of what counts are those with zeros in its place",
+    statement="what a mask leaves out may be NaN or infinite: y, running statistics and gradients are as with zeros",
     bound=f"twice {SLACK}; 8 slack r D (1 + X^2) for gradients; exactly 0 for the gradient of what is left out",
     source="jaxbn's promise: padding holds whatever was in memory",
     inputs=_padded,

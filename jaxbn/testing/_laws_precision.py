@@ -43,7 +43,7 @@ def _place(integers, ratio, size):
 
 
 @law(
-    statement="far from zero, y is off by no more than rounding the mean to one float costs: backward stable",
+    statement="far from zero, y errs by no more than rounding the mean to one float costs (backward stability)",
     bound="(n + 8) u (1 + peak r) (1 + |xhat|): any two-pass formula keeps it, E[x^2] - E[x]^2 does not",
     source="jaxbn's promise; Higham 2002, section 1.9; Chan, Golub and LeVeque 1983",
     inputs=_far,
@@ -141,7 +141,7 @@ def low_precision_statistics(subject, x, dtype):
 
 
 @law(
-    statement="nothing retraces: the second step, on the statistics that the first returned, reuses its program",
+    statement="the second step, on the statistics that the first returned, does not retrace",
     bound="none: one trace",
     source="jaxbn's promise: a retrace each step costs more than the layer",
     inputs=lambda s: {"shape": st.just(s.shapes[0])},

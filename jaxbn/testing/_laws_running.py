@@ -151,7 +151,7 @@ def eval_treats_examples_independently(subject, x, others):
 
 
 @law(
-    statement="in training it is not: the first example's output moves with the others, since the statistics do",
+    statement="in training the output of one example moves with the other examples, since the statistics do",
     bound=f"where it should move by 16 times {SLACK}, it moves by more than once that",
     source="Ioffe and Szegedy 2015, section 3.4",
     inputs=inputs,

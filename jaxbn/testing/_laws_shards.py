@@ -17,7 +17,7 @@ CHAN = "Chan, Golub and LeVeque 1983, equation 2.1"
 
 
 @law(
-    statement="the statistics that y shows of two halves, merged by count, are those that it shows of the whole",
+    statement="the statistics of two halves of a batch, read off y and merged by count, are those of the whole batch",
     bound=f"{SLACK}, and for each half 32 of it over the range of y, from which mean and variance were read",
     source=CHAN,
     inputs=lambda s: {"x": eight(s)},
@@ -104,7 +104,7 @@ def axis_name_equals_concatenation(subject, x):
 
 
 @law(
-    statement="the same on two devices under pmap",
+    statement="with axis_name and pmap on two devices, shards are normalized as their concatenation",
     bound="as axis_name_equals_concatenation",
     source=CHAN,
     inputs=_shards,
@@ -116,7 +116,7 @@ def pmap_equals_concatenation(subject, x):
 
 
 @law(
-    statement="the same on two devices under shard_map, with its check of what varies",
+    statement="with axis_name and a checked shard_map on two devices, shards are normalized as their concatenation",
     bound="as axis_name_equals_concatenation",
     source=CHAN,
     inputs=_shards,

@@ -59,7 +59,7 @@ def _around_epsilon(subject):
 
 
 @law(
-    statement="y = (x - mean) / sqrt(var + epsilon) where var is near epsilon: epsilon is added inside the root, once",
+    statement="where var is near epsilon, y = (x - mean) / sqrt(var + epsilon): epsilon once, inside the root",
     bound=SLACK,
     source=IOFFE,
     inputs=_around_epsilon,
@@ -84,7 +84,7 @@ def shift_invariance(subject, x, shift):
 
 
 @law(
-    statement="f(a x) = sign(a) f(x) for a factor a per feature, as epsilon -> 0",
+    statement="f(a x) = sign(a) f(x) for a factor a, as epsilon -> 0",
     bound=f"|1 - 1/a^2| epsilon / (2 var) |c| / std, and twice {SLACK}, at x and at a x",
     source="Ioffe and Szegedy 2015, section 3.3",
     inputs=lambda s: inputs(s) | {"factor": st.sampled_from([2.0, -1.0, 0.5, -8.0])},
@@ -98,7 +98,7 @@ def scale_invariance(subject, x, factor):
 
 
 @law(
-    statement="each set is normalized by itself: other values elsewhere change nothing here",
+    statement="values of one set (such as a feature) do not change the outputs of another",
     bound=f"twice {SLACK}",
     source=IOFFE,
     inputs=lambda s: inputs(s) | {"change": st.sampled_from([1.0, -20.0])},
@@ -129,7 +129,7 @@ def permutation_equivariance(subject, x, order):
 
 
 @law(
-    statement="scale and bias act last: y = scale xhat + bias, per feature",
+    statement="scale and bias act last, per feature: y = scale xhat + bias",
     bound=f"|scale| times twice {SLACK}, and 4 u of each term",
     source="Ioffe and Szegedy 2015, algorithm 1",
     inputs=lambda s: inputs(s) | {"scale": st.sampled_from([2.0, -0.5, 1e3]), "bias": st.sampled_from([1.0, -30.0])},
@@ -145,7 +145,7 @@ def affine_last(subject, x, scale, bias):
 
 
 @law(
-    statement="a feature that is constant gives finite outputs: its bias, where rounding can tell",
+    statement="a constant feature gives finite outputs: its bias, up to rounding",
     bound=f"{SLACK}; where that is out of first order, finite and at most 2 sqrt(n)",
     source="epsilon is there for this; sum of squares at most n otherwise",
     inputs=lambda s: {
@@ -159,7 +159,7 @@ def constant_feature(subject, shape, value):
 
 
 @law(
-    statement="so does a feature that is constant and far from zero: finite outputs, no larger than sqrt(n) allows",
+    statement="a constant feature far from zero gives finite outputs of ordinary size",
     bound="as constant_feature; E[x^2] - E[x]^2 does not keep it",
     source="jaxbn's promise; the sum of squares of a normalized set is at most n",
     inputs=lambda s: {"shape": st.sampled_from(s.shapes), "value": st.sampled_from([1e4, -3e10])},
@@ -200,7 +200,7 @@ def layouts_agree(subject, x):
 
 
 @law(
-    statement="after a 1x1 convolution as after the same dense layer on every position: one mean per feature map",
+    statement="a 1x1 convolution is normalized like the same dense layer at every position: one mean a feature map",
     bound=f"twice {SLACK}; the products are small integers, exact",
     source="Ioffe and Szegedy 2015, section 3.2",
     inputs=lambda s: {
