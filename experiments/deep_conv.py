@@ -11,7 +11,8 @@ usual one in its place: it asks whether the claim hangs on that choice.
 
     python -m experiments run deep_conv
 
-takes about ten minutes on two cores (800 steps, 5 seeds, 5,000 digits).
+takes a quarter of an hour on two cores (800 steps, 6 seeds, 5,000 digits). Going by three earlier seeds, the claims need
+4 and 26 seeds with the sigmoid loss, 3 and 6 with softmax; the seeds of the result are fresh.
 """
 
 from dataclasses import dataclass
@@ -62,9 +63,9 @@ EXPERIMENT = Experiment(
     differs="The exercise trained once on all of MNIST (the preset full).",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=8, interval=4, depth=4),
-        "cpu": Sizes(seeds=5, data="mnist5k", steps=800, interval=50),
-        "full": Sizes(seeds=5, data="mnist", steps=800, interval=50),
-        "softmax": Sizes(seeds=5, data="mnist5k", steps=800, interval=50, loss="softmax"),
+        "cpu": Sizes(seeds=6, first_seed=10, data="mnist5k", steps=800, interval=50),
+        "full": Sizes(seeds=6, first_seed=10, data="mnist", steps=800, interval=50),
+        "softmax": Sizes(seeds=6, first_seed=10, data="mnist5k", steps=800, interval=50, loss="softmax"),
     },
     grid=Grid(task, 64, {"arm": ARMS}),
     claims=[
