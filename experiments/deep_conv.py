@@ -11,8 +11,8 @@ usual one in its place: it asks whether the claim hangs on that choice.
 
     python -m experiments run deep_conv
 
-takes a quarter of an hour on two cores (800 steps, 6 seeds, 5,000 digits). Going by three earlier seeds, the claims need
-4 and 26 seeds with the sigmoid loss, 3 and 6 with softmax; the seeds of the result are fresh.
+takes a quarter of an hour on two cores (800 steps, 6 seeds, 5,000 digits). Going by three earlier seeds, the claims
+need 4 and 26 seeds with the sigmoid loss, 3 and 6 with softmax; the seeds of the result are fresh.
 """
 
 from dataclasses import dataclass
