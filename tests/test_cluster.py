@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -268,6 +269,18 @@ def test_what_another_process_was_given_differently_is_named(beside, name):
     beside(lambda _: np.stack([processes._mark(value) for value in {**given, name: "other"}.values()]))
     with pytest.raises(processes.AgreedError, match=f"process 1 was started with another {name} than process 0"):
         processes.agree(given)
+
+
+@pytest.mark.parametrize(
+    ("owners", "right"), [([0, 0, 1, 1], True), ([0, 1, 1], False), ([0, 0, 1], False), ([0], True)]
+)
+def test_processes_have_equal_numbers_of_devices(monkeypatch, owners, right):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(process_index=owner) for owner in owners])
+    if right:
+        processes.check_devices()
+        return
+    with pytest.raises(processes.AgreedError, match="process 1 has another number of devices than process 0"):
+        processes.check_devices()
 
 
 def test_processes_that_were_given_the_same_agree(beside):

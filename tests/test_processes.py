@@ -469,7 +469,8 @@ def test_kills_at_random_times_change_nothing_in_the_end(seed, undisturbed, plac
 def test_a_late_process_of_the_same_number_is_turned_away_and_the_pair_goes_on(undisturbed, place, tmp_path):
     """With a proxy in the environment, which is not used."""
     proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    with Pair(place, tmp_path / "run", ({}, at(3, signal.SIGSTOP)), more=proxy) as pair:
+    patient = ("--heartbeat-seconds", "100")  # the one that is held up here is not to be given up
+    with Pair(place, tmp_path / "run", ({}, at(3, signal.SIGSTOP)), (patient, patient), proxy) as pair:
         pair.wait_for_state(1, "T")
         late = subprocess.run(pair.processes[1].args, env=pair.environment, capture_output=True, text=True, timeout=120)
         os.kill(pair.processes[1].pid, signal.SIGCONT)
@@ -532,7 +533,7 @@ def test_training_gives_up_after_so_many_refused_steps_in_a_row(tmp_path, train,
     [
         (["--seed", "1"], ["process 1 was started with another seed than process 0"] * 2),
         (["--save-every", "20"], ["process 1 was started with another save_every than process 0"] * 2),
-        (["--devices", "2"], ["process 1 was started with another devices than process 0"] * 2),
+        (["--devices", "2"], ["process 1 has another number of devices than process 0 (2, not 1)"] * 2),
         (["--out", "elsewhere"], ["process 1 cannot start: see what it says", "not the directory that process 0 uses"]),
     ],
 )

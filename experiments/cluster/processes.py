@@ -1,5 +1,6 @@
 """Several processes that train together: how they start JAX, agree, and end when one is lost or told to stop."""
 
+import collections
 import contextlib
 import ctypes
 import hashlib
@@ -162,6 +163,20 @@ def prepare_together(prepare: Callable[[], Prepared]) -> Prepared:
     if failed.size:
         raise AgreedError(f"process {failed[0]} cannot start: see what it says")
     return found  # type: ignore[return-value]  # `prepare` has returned it
+
+
+def check_devices() -> None:
+    """Raise an AgreedError, in all processes, where they have different numbers of devices.
+
+    Every process knows the devices of all, and JAX can gather nothing from processes with different numbers.
+    """
+    counted = collections.Counter(device.process_index for device in jax.devices())
+    for process, number in sorted(counted.items()):
+        if number != counted[0]:
+            raise AgreedError(
+                f"process {process} has another number of devices than process 0 ({number}, not {counted[0]}): give all"
+                " the same --devices"
+            )
 
 
 def agree(wanted: Mapping[str, object]) -> None:

@@ -113,6 +113,7 @@ class _Run:
 
 
 def _train(settings: Settings, directory: Path, options: Options, terminator: Terminator) -> dict:
+    processes.check_devices()
     mesh = Mesh(np.asarray(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
     dataset = processes.prepare_together(lambda: _load(settings))
     agreed = {**settings._asdict(), **options._asdict(), "devices": jax.local_device_count()}
