@@ -53,11 +53,11 @@ def test_column_is_what_the_command_finds(layer):
 
 def test_table_is_written_between_its_markers(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    path.write_text(f"before\n{BEGIN}\nformer\n{END}\nafter\n", encoding="utf-8")
     write(path, "| law | layer |\n| --- | --- |\n| `zero_mean` | holds |")
     assert read(path) == {"layer": {"zero_mean": "holds"}}
     text = path.read_text(encoding="utf-8")
-    assert "old" not in text
+    assert "former" not in text
     assert text.startswith("before\n")
     assert text.endswith("after\n")
 
