@@ -118,7 +118,7 @@ def batch_norm(
     def train(variables, x, *, where, weights, rng=None, residual=None):
         del rng
         x = inexact(x)
-        scale, bias, batch_stats, axes = read(variables, x, True)
+        scale, bias, _, axes = read(variables, x, True)
         scope, ghosts = _scope(axis_group, x.shape, axes, group_size)
         if not allow_single_value:
             check_several(x, axes, scope, f"feature_axis={feature_axis} keeps the others. {_SEVERAL}", ghosts)
