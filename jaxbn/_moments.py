@@ -54,8 +54,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 def merge_measured(a: Measured, b: Measured) -> Measured:
     """`merge_moments` for means that are kept as two floats."""
-    shape = jnp.broadcast_shapes(*(jnp.shape(v) for v in (*a, *b)))
-    return pool(jax.tree.map(lambda *two: jnp.stack([jnp.broadcast_to(v, shape) for v in two]), a, b), axis=0)
+    # By adding zeros, and not by their shape alone, vectors are sharded alike too on a mesh of explicit axes.
+    zeros = sum(jnp.zeros_like(v.real) for v in (*a, *b))
+    return pool(jax.tree.map(lambda *both: jnp.stack([v + zeros for v in both]), a, b), axis=0)
 
 
 def pool(m: Measured, axis: int | Sequence[int]) -> Measured:

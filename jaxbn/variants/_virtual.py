@@ -9,7 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
-from jaxbn._axis_group import axis_group_of
+from jaxbn._axis_group import axis_group_of, whole_axes
 from jaxbn._checks import checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import along, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
@@ -108,7 +108,11 @@ def virtual_batch_norm(
                 f"x has shape {x.shape}; in training its first {reference_size} examples are the reference batch."
             )
         axes = reduced_axes(x.ndim, feature_axis)
-        return measure(x[:reference_size], _part(weights, slice(reference_size)), axes, axis_group)
+        if whole_axes(x, (0,)):
+            return measure(x[:reference_size], _part(weights, slice(reference_size)), axes, axis_group)
+        # A mesh of explicit axes shards the examples, which cannot be sliced then: the others get no weight.
+        first = (jnp.arange(x.shape[0]) < reference_size).reshape((-1,) + (1,) * (x.ndim - 1)).astype(x.real.dtype)
+        return measure(x, first if weights is None else first * weights, axes, axis_group)
 
     def _standardize(x, weights, reference, references):
         """(x - mean) / sqrt(var + epsilon), all relative to the reference mean, from which nothing is far."""

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
 from jaxbn._arithmetic import safe_divide
@@ -116,7 +118,9 @@ def whitening_norm(
         else:
             mean, whitening = (lax.stop_gradient(batch_stats[name]) for name in ("mean", "whitening"))
             c = silenced(x - along(mean, x.ndim, feature_axis), weights)
-        xhat = _merged(_product("ngi,gij->ngj", _rows(c), whitening), x)
+        xhat = _merged(
+            _product(f"{_POSITIONS[: x.ndim - 1]}gi,gij->{_POSITIONS[: x.ndim - 1]}gj", _rows(c), whitening), x
+        )
         scale, bias = (along(params.get(name), x.ndim, feature_axis) for name in ("scale", "bias"))
         return scale_shift(xhat, scale, bias, residual, activation, jnp.dtype(dtype or x.dtype)), batch_stats
 
@@ -144,7 +148,7 @@ def whitening_norm(
         if weights is None:
             # Each factor is multiplied by the root of the share, so that the sum of squares does not overflow.
             rows = rows * jnp.sqrt(share)
-            return _total(_product("ngi,ngj->gij", rows, rows))
+            return _total(_sum_of_products(rows, rows))
         (axis,) = canonical_axes(feature_axis, c.ndim, "feature_axis")
         if weights.shape[axis] != 1:
             raise ValueError(
@@ -152,9 +156,9 @@ def whitening_norm(
                 f" example's features, so give them length 1 along feature_axis={feature_axis}."
             )
         weights = jnp.broadcast_to(jnp.moveaxis(weights, axis, -1), (*jnp.moveaxis(c, axis, -1).shape[:-1], 1))
-        weights = weights.reshape(-1, 1, 1)
+        weights = jnp.expand_dims(weights, -1)
         rows = jnp.where(weights == 0, 0, rows)
-        return _total(_product("ngi,ngj->gij", rows * share * weights, rows))
+        return _total(_sum_of_products(rows * share * weights, rows))
 
     def _total(products):
         # By this name the policies of `jax.checkpoint` keep it, and the backward pass needs no collective for it.
@@ -169,7 +173,9 @@ def whitening_norm(
         return within + _product("ngi,ngj->gij", share[:, None, None] * apart, apart)
 
     def _rows(c):
-        return jnp.moveaxis(c, feature_axis, -1).reshape(-1, *_groups(c))
+        """[..., groups, features of a group]; the axes of the values stay, over which a mesh may shard them."""
+        c = jnp.moveaxis(c, feature_axis, -1)
+        return c.reshape(*c.shape[:-1], *_groups(c if feature_axis == -1 else jnp.moveaxis(c, -1, feature_axis)))
 
     def _merged(rows, x):
         moved = jnp.moveaxis(x, feature_axis, -1).shape
@@ -188,6 +194,17 @@ def whitening_norm(
     return unrecordable(Normalizer(init, apply), _NO_RECORD)
 
 
-def _product(spec, a, b):
+_POSITIONS = "abcdefkl"
+
+
+def _sum_of_products(a, b):
+    """Sum over all values of a b^T: [groups, d, d]; on a mesh of explicit axes every device has the whole of it."""
+    values = _POSITIONS[: a.ndim - 2]
+    mesh = jax.typeof(a).sharding.mesh
+    everywhere = NamedSharding(mesh, P()) if AxisType.Explicit in mesh.axis_types else None
+    return _product(f"{values}gi,{values}gj->gij", a, b, everywhere)
+
+
+def _product(spec, a, b, out_sharding=None):
     # Accelerators multiply float32 matrices in fewer bits unless told otherwise; whitening amplifies that error.
-    return jnp.einsum(spec, a, b, precision="highest")
+    return jnp.einsum(spec, a, b, precision="highest", out_sharding=out_sharding)
