@@ -136,11 +136,23 @@ def data(name: Annotated[str | None, tyro.conf.Positional] = None, to: str | Non
 
 
 @app.command
-def report() -> None:
-    """Build experiments/results/README.md, and the list in the top README, from the committed results."""
-    from experiments.framework.report import write_report
+def report(check: bool = False, results: str | None = None) -> int:
+    """Build README.md and report.html in experiments/results, and the list in the top README, from the results there.
 
-    print(write_report())
+    Args:
+        check: write nothing; say what is stale, unfinished, damaged, unknown or not rebuilt, and exit with 1 if any is.
+        results: a directory of your own runs instead, such as runs; the top README is then left alone.
+    """
+    from experiments.framework import report as reports
+
+    where = reports.RESULTS if results is None else Path(results)
+    readme = reports.README if results is None else None
+    troubles = (reports.check if check else reports.write_report)(where, readme)
+    for line in troubles:
+        complain(line)
+    if not check:
+        print(f"{where / reports.REPORT}\n{where / reports.PAGE}")
+    return 1 if check and troubles else 0
 
 
 @app.command

@@ -21,7 +21,7 @@ import xarray as xr
 import jaxbn
 from experiments.framework.claim import Claim, Compared
 from experiments.framework.costs import step_costs
-from experiments.framework.experiment import Experiment, Grid, Settings, Trained
+from experiments.framework.experiment import WHEN_IT_HELPS, Experiment, Grid, Settings, Trained
 from experiments.framework.pictures import curves
 from experiments.framework.results import final, first_step_with, label_cells
 from experiments.framework.tables import table_of
@@ -115,6 +115,7 @@ EXPERIMENT = Experiment(
     title="Batch norm trains an MLP faster, at higher rates, from bad weights and with saturating activations.",
     question="What does batch norm do for a small network that recognizes digits?",
     source="Udacity, Deep Learning Foundations: Batch Normalization - Lesson",
+    theme=WHEN_IT_HELPS,
     differs="The lesson trained once on all of MNIST, for 50,000 steps (the preset full).",
     settings={
         "smoke": Settings(seeds=2, data="mnist5k", steps=40, interval=20),

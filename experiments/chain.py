@@ -28,7 +28,7 @@ from jax import Array
 from matplotlib.axes import Axes
 
 from experiments.framework.claim import Claim, Compared, Least
-from experiments.framework.experiment import Experiment, Settings, Stage
+from experiments.framework.experiment import WHY_FASTER, Experiment, Settings, Stage
 from experiments.framework.pictures import COLORS, lines, panels
 from experiments.framework.tables import table_of
 from experiments.training import linear_chain
@@ -245,6 +245,7 @@ EXPERIMENT = Experiment(
     title="In a deep product of weights a gradient step misses its forecast; normalizing h mends it.",
     question="Does one gradient step on all layers do what its gradient forecasts?",
     source="Goodfellow, Bengio and Courville, Deep Learning, section 8.7.1",
+    theme=WHY_FASTER,
     settings={
         "smoke": Sizes(seeds=2, depths=(2, 10), draws=40, batch=64),
         "cpu": Sizes(seeds=5, depths=(2, 3, 5, 10, 20, 50), draws=200, batch=128),

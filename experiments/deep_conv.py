@@ -23,7 +23,7 @@ import xarray as xr
 
 import jaxbn
 from experiments.framework.claim import Claim, Compared
-from experiments.framework.experiment import Experiment, Grid, Settings
+from experiments.framework.experiment import WHEN_IT_HELPS, Experiment, Grid, Settings
 from experiments.framework.pictures import curves
 from experiments.framework.results import final
 from experiments.framework.tables import table_of
@@ -60,6 +60,7 @@ EXPERIMENT = Experiment(
     title="Twenty layers that learn nothing without batch norm reach over 95% of MNIST in 800 steps with it.",
     question="Does batch norm let a network of 21 layers learn that does not learn without it?",
     source="Udacity, Deep Learning Foundations: Batch Normalization - Exercises",
+    theme=WHEN_IT_HELPS,
     differs="The exercise trained once on all of MNIST (the preset full).",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=8, interval=4, depth=4),

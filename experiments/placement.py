@@ -21,7 +21,7 @@ import xarray as xr
 
 import jaxbn
 from experiments.framework.claim import Claim
-from experiments.framework.experiment import Experiment, Settings, Stage
+from experiments.framework.experiment import WHAT_IT_IS, Experiment, Settings, Stage
 from experiments.framework.tables import table_of
 from experiments.training import data
 
@@ -98,6 +98,7 @@ EXPERIMENT = Experiment(
     title="Batch norm has one mean and variance per feature map; a 1 x 1 convolution is a dense layer.",
     question="Over what does batch norm average in a convolutional layer?",
     source="Ioffe and Szegedy 2015, section 3.2",
+    theme=WHAT_IT_IS,
     settings={
         "smoke": Settings(seeds=2, data="mnist5k"),
         "cpu": Settings(seeds=10, data="mnist5k"),

@@ -105,6 +105,8 @@ class Claim:
         threshold from no effect where not given.
       source: where the claim is made, if that is not the experiment's source.
       found: found(results) -> a sentence with the figures behind the effect; no part of the criterion.
+      dispute: the question on which sources contradict each other, such as "Does noise help?". The report puts the
+        claims of all experiments that name the same one side by side; no part of the criterion.
     """
 
     sentence: str
@@ -121,6 +123,7 @@ class Claim:
     precision: float | None = None
     source: str = ""
     found: Callable[[xr.Dataset], str] | None = None
+    dispute: str = ""
 
     def __post_init__(self):
         given = [kind for kind in KINDS if getattr(self, kind) is not None]

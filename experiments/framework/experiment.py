@@ -11,6 +11,9 @@ from experiments.framework.claim import Claim
 from experiments.framework.tables import Table
 from experiments.training.loop import Task
 
+# What batch norm is and what it does at the start; why it trains faster; when it helps, and what it costs.
+THEMES = WHAT_IT_IS, WHY_FASTER, WHEN_IT_HELPS = ("what it is", "why it trains faster", "when it helps")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -114,11 +117,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture: the figure, the name of its file, and a caption that says what is to be seen."""
+    """A picture: the figure, its file's name, a caption that says what is to be seen, and the question above it."""
 
     file: str
     figure: Figure
     caption: str
+    title: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +139,11 @@ class Experiment:
       stages: stages(settings) -> what is measured beyond the grid, in order.
       differs: what differs from the source's protocol, in a sentence or two.
       tables: table(settings, results) -> Table.
-      pictures: picture(settings, results) -> Drawn.
+      pictures: picture(settings, results) -> Drawn; the first one answers the question.
+      theme: under which the report groups it: one of `THEMES`, or another.
+      answer: what was found, in two sentences that a student understands, once the result is there.
+      citation: the source in full, as one cites it; `source` where not given.
+      reader_questions: {what readers ask: the answer in two sentences}, for what this experiment settles.
     """
 
     title: str
@@ -148,3 +156,7 @@ class Experiment:
     differs: str = ""
     tables: Sequence[Callable[[Any, xr.Dataset], Table]] = ()
     pictures: Sequence[Callable[[Any, xr.Dataset], Drawn]] = ()
+    theme: str = ""
+    answer: str = ""
+    citation: str = ""
+    reader_questions: Mapping[str, str] = field(default_factory=dict)

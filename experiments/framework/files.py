@@ -44,13 +44,17 @@ def inside(directory: Path, path: Path) -> Path:
 
 
 def write_json(path: Path, value: object) -> None:
+    """Replace `path` atomically by JSON; see `write_text`."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Replace `path` atomically: a reader sees the old file or the new one. UserError where that is not possible."""
     temporary = path.with_name(path.name + TEMPORARY)
     with writing(path):
         try:
-            with temporary.open("w") as file:
-                json.dump(value, file, indent=1, allow_nan=False)
-                file.write("\n")
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

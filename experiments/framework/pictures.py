@@ -173,7 +173,7 @@ def finish(drawn: Figure, file: str, title: str, caption: str) -> Drawn:
     drawn.suptitle(_wrapped(title, int(width * 8)), fontsize=13, fontweight="bold", x=0.02, ha="left")
     drawn.supxlabel(_wrapped(caption, int(width * 13)), fontsize=9, x=0.02, ha="left")
     drawn.set_layout_engine("constrained")
-    return Drawn(file, drawn, caption)
+    return Drawn(file, drawn, caption, title)
 
 
 def _wrapped(text, columns):

@@ -1,6 +1,7 @@
 """Running one experiment from its settings to its pictures."""
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from experiments.framework.display import Track, progress, terminal
 from experiments.framework.experiment import Experiment, Grid, Settings, Trained
 from experiments.framework.grid import train_grid
 from experiments.framework.pictures import save
+from experiments.framework.protocol import protocol_of
 from experiments.framework.provenance import provenance
-from experiments.framework.record import Record, open_record
+from experiments.framework.record import CONFIG, Record, open_record, write_json
 from experiments.framework.report import write_summary
 from experiments.framework.search import runs_of, search, with_chosen
 from experiments.framework.show import show_tables, show_verdicts
@@ -38,16 +40,21 @@ def run_experiment(experiment: Experiment, name: str, preset: str, settings: Set
     seeds = f"{settings.seeds} seed{'s' if settings.seeds != 1 else ''}"
     console.print(f"{name}, preset {preset}, {seeds}, in {directory}\nSource: {experiment.source}", highlight=False)
     if not record.finished:
+        began = time.monotonic()
         with progress(console) as track:
             measure(experiment, settings, record, track)
+        # Before the run counts as finished; a run that was killed knows only the time since it was continued.
+        write_json(directory / CONFIG, {**record.config, "seconds": round(time.monotonic() - began)})
         record.close()
-    found = results.results_of(experiment, record.rows())
+    rows = record.rows()
+    found = results.results_of(experiment, rows)
     verdicts = [judge(claim, found) for claim in experiment.claims]
     tables = [table(settings, found) for table in experiment.tables]
     pictures = [picture(settings, found) for picture in experiment.pictures]
     for picture in pictures:
         save(picture, directory)
-    write_summary(directory, experiment, verdicts, tables, pictures)
+    protocol = protocol_of(experiment, settings, rows, found)
+    write_summary(directory, experiment, verdicts, tables, pictures, protocol)
     show_tables(console, tables)
     show_verdicts(console, verdicts)
     console.print(f"\nPictures: {', '.join(str(directory / picture.file) for picture in pictures)}", highlight=False)

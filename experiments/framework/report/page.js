@@ -1,0 +1,54 @@
+"use strict";
+// Filters and sorting of the map of claims. Without this script the page shows every claim, in the order of the experiments.
+(() => {
+  const form = document.querySelector(".filters");
+  if (!form) return;
+  const map = document.querySelector(".map");
+  const lines = [...map.children];
+  const tiles = [...document.querySelectorAll(".tile")];
+  const shown = document.querySelector(".shown");
+  const empty = document.querySelector(".empty");
+  const value = (name) => (form.elements[name] ? form.elements[name].value : "");
+  const order = {
+    place: (a, b) => a.dataset.place - b.dataset.place,
+    verdict: (a, b) => a.dataset.rank - b.dataset.rank || order.beyond(a, b),
+    beyond: (a, b) => b.dataset.beyond - a.dataset.beyond || order.place(a, b),
+    source: (a, b) => a.dataset.source.localeCompare(b.dataset.source) || order.place(a, b),
+  };
+
+  const update = () => {
+    const pressed = tiles.filter((tile) => tile.getAttribute("aria-pressed") === "true").map((tile) => tile.dataset.filter);
+    const fits = (name, line) => !value(name) || line.dataset[name] === value(name);
+    for (const line of lines) {
+      line.hidden = !(!pressed.length || pressed.includes(line.dataset.verdict)) || !fits("source", line) || !fits("theme", line);
+    }
+    map.append(...[...lines].sort(order[value("sort")]));
+    const left = lines.filter((line) => !line.hidden).length;
+    const all = `${lines.length} claim${lines.length === 1 ? "" : "s"}`;
+    shown.textContent = left === lines.length ? all : `${left} of ${all}`;
+    empty.hidden = left > 0;
+  };
+
+  for (const tile of tiles) {
+    tile.disabled = false;
+    tile.addEventListener("click", () => {
+      tile.setAttribute("aria-pressed", String(tile.getAttribute("aria-pressed") !== "true"));
+      update();
+    });
+  }
+  form.hidden = false;
+  form.addEventListener("change", update);
+  form.addEventListener("submit", (event) => event.preventDefault());
+  form.addEventListener("reset", () => {
+    tiles.forEach((tile) => tile.setAttribute("aria-pressed", "false"));
+    setTimeout(update); // once the browser has reset the choices
+  });
+
+  // On paper everything is open.
+  let closed = [];
+  window.addEventListener("beforeprint", () => {
+    closed = [...document.querySelectorAll("details:not([open])")];
+    closed.forEach((one) => (one.open = true));
+  });
+  window.addEventListener("afterprint", () => closed.forEach((one) => (one.open = false)));
+})();

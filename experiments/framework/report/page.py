@@ -1,0 +1,138 @@
+"""The report as one HTML page that needs no network: pictures, styles and script are inside."""
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from experiments.framework.experiment import THEMES
+from experiments.framework.report import drawing, words
+from experiments.framework.report.collect import Collection, Run
+from experiments.framework.report.holm import survivors
+from experiments.framework.tables import Table
+from experiments.framework.verdict import Verdict, cell_in_words, effect_in_words, outcome_in_words
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Line:
+    """A claim as the page shows it: `place` is its number among all, `survives` what Holm's correction leaves of it."""
+
+    run: Run
+    number: int
+    place: int
+    survives: bool | None
+
+    @property
+    def verdict(self) -> Verdict:
+        """As judged."""
+        return self.run.verdicts[self.number]
+
+    @property
+    def anchor(self) -> str:
+        """The claim's place in its experiment."""
+        return f"{self.run.name}-{self.number + 1}"
+
+    @property
+    def source(self) -> str:
+        """Where it was claimed."""
+        return words.source_of(self.run, self.verdict)
+
+    @property
+    def beyond(self) -> float:
+        """For sorting, see `drawing.beyond`; a number that JSON knows."""
+        return round(min(max(drawing.beyond(self.verdict), -1e9), 1e9), 6)
+
+    @property
+    def by_strength(self) -> list:
+        """The cells of the claim, those in which it holds least first."""
+        falls = self.verdict.kind in ("below", "exact")
+        cells = [cell for cell in self.verdict.cells if math.isfinite(cell.effect)]
+        return sorted(cells, key=lambda cell: -cell.effect if falls else cell.effect)
+
+
+def page_of(collection: Collection) -> str:
+    """The page."""
+    lines = lines_of(collection.runs)
+    verdicts = [line.verdict for line in lines]
+    return _environment().get_template("page.html.jinja").render(
+        collection=collection,
+        lines=lines,
+        by_run={run.name: [line for line in lines if line.run is run] for run in collection.runs},
+        at={(line.run.name, line.number): line for line in lines},
+        counts=words.counts(verdicts),
+        together=words.together_in_words(verdicts) if verdicts else "",
+        sources=sorted({line.source for line in lines}, key=str.casefold),
+        themes=themes_of(collection.runs),
+        surprises=words.surprises(collection.runs),
+        disputes=words.disputes(collection.runs),
+        questions=words.reader_questions(collection.runs),
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
+    )  # fmt: skip
+
+
+def lines_of(runs: Sequence[Run]) -> list[Line]:
+    """Every claim of every run, with what Holm's correction over all of them leaves."""
+    places = [(run, number) for run in runs for number in range(len(run.verdicts))]
+    survive = survivors([run.verdicts[number] for run, number in places])
+    return [Line(run, number, place, survive[place]) for place, (run, number) in enumerate(places)]
+
+
+def themes_of(runs: Sequence[Run]) -> list[str]:
+    """The themes of the runs: those of `THEMES` in its order, then others."""
+    declared = list(dict.fromkeys(run.experiment.theme for run in runs if run.experiment.theme))
+    return sorted(declared, key=lambda theme: THEMES.index(theme) if theme in THEMES else len(THEMES))
+
+
+def embedded(run: Run, file: str) -> str:
+    """A picture of a run as an address that holds it."""
+    return "data:image/png;base64," + base64.b64encode((run.directory / file).read_bytes()).decode()
+
+
+def size_of(run: Run, file: str) -> tuple[int, int]:
+    """Width and height of a PNG in pixels, so that the page does not move when it is shown."""
+    head = (run.directory / file).read_bytes()[16:24]
+    return int.from_bytes(head[:4], "big"), int.from_bytes(head[4:], "big")
+
+
+def validation_of(run: Run) -> Table | None:
+    """Validation beside test accuracy, where both were measured."""
+    held = (run.summary.get("protocol") or {}).get("validation")
+    return Table(**held) if held else None
+
+
+def named_columns(table: Table) -> int:
+    """How many of the first columns name the row rather than hold a figure."""
+    first = next((n for n, name in enumerate(table.columns) if name.startswith("published ")), len(table.columns))
+    figures = len(table.columns) - first if first < len(table.columns) else 0
+    if figures:
+        return first - figures
+    texts = [number for number in range(len(table.columns)) if all(_is_name(row[number]) for row in table.rows)]
+    return max(texts[-1] + 1 if texts and texts == list(range(len(texts))) else 1, 1) if table.rows else 1
+
+
+def _is_name(entry: str) -> bool:
+    return not entry[:1].isdigit() and not entry.startswith(("-", "–", "nan", "inf"))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    shown = (
+        *(drawing.drawn, drawing.legend_mark, drawing.threshold_in_words, embedded, size_of, validation_of),
+        *(named_columns, cell_in_words, effect_in_words, outcome_in_words),
+        *(words.answer_of, words.command_of, words.fixed_in_words, words.interval_in_words, words.origin_of),
+        *(words.protocol_in_words, words.surprise_in_words, words.count),
+    )
+    environment.globals |= {function.__name__: function for function in shown}
+    constants = {"CLASSES": drawing.CLASSES, "SHORT": words.SHORT, "MEANING": words.MEANING, "TITLE": words.TITLE}
+    environment.globals |= {**constants, "INTERVALS": words.INTERVALS, "OUTCOMES": words.OUTCOMES}
+    return environment

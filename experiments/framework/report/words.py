@@ -1,0 +1,197 @@
+"""What both reports say of a run, in words."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from experiments.framework.report.collect import Run
+from experiments.framework.report.holm import survivors
+from experiments.framework.verdict import IN_PART, INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict, cell_in_words
+
+TITLE = "What does batch norm do, and why?"
+OUTCOMES = (SUPPORTED, IN_PART, NOT_SUPPORTED, INCONCLUSIVE)
+SHORT = {SUPPORTED: "held", IN_PART: "held in part", NOT_SUPPORTED: "failed", INCONCLUSIVE: "open"}
+MEANING = {
+    SUPPORTED: "The 95% interval lies where the claim says, and so does that of every cell.",
+    IN_PART: "The mean over all cells is as claimed; some cells are not, or are not certain.",
+    NOT_SUPPORTED: "The 95% interval lies wholly where the claim says it does not.",
+    INCONCLUSIVE: "The 95% interval reaches across the threshold, or there is none: more seeds would decide.",
+}
+INTERVALS = (
+    "Intervals are 95% intervals of the mean over seeds (Student's t). They leave out the uncertainty of choosing rates"
+    " and other settings: another search could have chosen other ones."
+)
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things: "1 claim", "3 claims"."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
+def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    """How many claims had each outcome, in the order of `OUTCOMES`."""
+    found = [verdict.outcome for verdict in verdicts]
+    return {outcome: found.count(outcome) for outcome in OUTCOMES}
+
+
+def together_in_words(verdicts: Sequence[Verdict]) -> str:
+    """How many claims there are, and how many of them survive Holm's correction."""
+    survive = survivors(verdicts)
+    tested = sum(one is not None for one in survive)
+    held = sum(
+        one is not None and verdict.outcome in (SUPPORTED, IN_PART)
+        for one, verdict in zip(survive, verdicts, strict=True)
+    )
+    rest = len(verdicts) - tested
+    words = f"{count(len(verdicts), 'claim')} in all. With many claims some hold by chance:"
+    words += f" {survive.count(True)} of the {held} that held in a statistical test, at least in part, still hold"
+    words += f" after Holm's correction over all {tested} that were tested."
+    return words + (f" The other {rest} are exact, or have no interval." if rest else "")
+
+
+def source_of(run: Run, verdict: Verdict) -> str:
+    """Where a claim was made."""
+    return verdict.source or run.summary["source"]
+
+
+def answer_of(run: Run) -> str:
+    """The answer in two sentences; where an experiment declares none, how many claims held and what was found."""
+    if run.experiment.answer:
+        return run.experiment.answer
+    found = [f"{number} {SHORT[outcome]}" for outcome, number in counts(run.verdicts).items() if number]
+    return f"Of {count(len(run.verdicts), 'claim')}, {', '.join(found)}."
+
+
+def fixed_in_words(run: Run) -> str:
+    """Whether the claims stood in a commit before the run."""
+    claims = run.config["claims"]
+    if claims["fixed_before_the_run"]:
+        return f"The claims were fixed before the run: SHA-256 {claims['sha256'][:16]}, in the commit below."
+    return "Not fixed before the run: no commit holds the claims as they were when it started."
+
+
+def command_of(run: Run) -> str:
+    """The command that makes the result again."""
+    return f"python -m experiments run {run.config['experiment']} --preset {run.config['preset']}"
+
+
+def origin_of(run: Run) -> dict[str, str]:
+    """Where a result comes from: {what: words}, such as commit, hardware, versions and run time."""
+    origin, settings = run.config["provenance"], run.config["settings"]
+    versions = {name: version for name, version in origin["versions"].items() if name != "jaxbn"}
+    facts = {
+        "Made at commit": origin["commit"][:12] + ("+changes" if origin["commit"].endswith("+changes") else ""),
+        "On": origin["hardware"],
+        "Run time": _run_time(run.config),
+        "Started": origin.get("started", ""),
+        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Seeds": f"{settings['seeds']}, from {settings.get('first_seed', 0)}",
+        "Data": _data(run.config),
+    }
+    return {name: words for name, words in facts.items() if words}
+
+
+def _data(config: Mapping) -> str:
+    held = config.get("data")
+    return f"{held['name']}, SHA-256 {held['sha256'][:16]}" if held else ""
+
+
+def _run_time(config: Mapping) -> str:
+    seconds = config.get("seconds")
+    if seconds is None:
+        return ""
+    words = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+    return f"{words} since it was continued last" if config.get("continued") else words
+
+
+def protocol_in_words(run: Run) -> dict[str, str]:
+    """How networks were trained and rates chosen: {what: words}; empty where none were trained."""
+    held = run.summary.get("protocol") or {}
+    if not held:
+        return {}
+    settings = run.config["settings"]
+    facts = {
+        "Programs": _axes(held["programs"]),
+        "Runs of each": _axes(held["runs"]),
+        "Training": f"{settings.get('steps', 0):,} steps of {count(held['batch_size'], 'example')}",
+        "Trained parameters": _places(held["parameters"]),
+        "How rates were chosen": search_in_words(held["search"]),
+        "Chosen": _places(held["chosen"]),
+    }
+    return {name: words for name, words in facts.items() if words}
+
+
+def _axes(axes: Mapping[str, Sequence]) -> str:
+    return "; ".join(f"{name}: {', '.join(map(str, values))}" for name, values in axes.items())
+
+
+def _places(entries: Sequence[Mapping]) -> str:
+    words = ((", ".join(_named(entry["where"])), f"{entry['value']:,}") for entry in entries)
+    return "; ".join(f"{where}: {value}" if where else value for where, value in words)
+
+
+def _named(where: Mapping) -> list[str]:
+    return [value if isinstance(value, str) else f"{axis} {value:g}" for axis, value in where.items()]
+
+
+def search_in_words(search: Mapping | None) -> str:
+    """What the search tried, the same for every arm."""
+    if search is None:
+        return "not chosen: fixed by the protocol, the same for every arm"
+    tried = ", ".join(f"{value:g}" for value in search["values"])
+    return (
+        f"{search['axis']} by {search['on'].replace('_', ' ')}, the same"
+        f" {count(len(search['values']), 'trial')} for every arm ({tried}),"
+        f" {count(search['seeds'], 'seed')} each that {'are' if search['seeds'] != 1 else 'is'} not used again"
+    )
+
+
+def failing_cells(verdict: Verdict) -> list[str]:
+    """The cells in which a claim does not hold, or is not certain to: "rate 1 (-0.1 to 0.2)"."""
+    return [
+        f"{cell_in_words(cell)} ({interval_in_words(cell.low, cell.high)})"
+        for cell in verdict.cells
+        if cell.outcome != SUPPORTED
+    ]
+
+
+def interval_in_words(low: float, high: float) -> str:
+    """An interval: "0.1 to 0.3"."""
+    return f"{low:.3g} to {high:.3g}" if low == low and high == high else "no interval"
+
+
+def surprises(runs: Sequence[Run]) -> list[tuple[Run, int]]:
+    """The claims that failed or held in part: their run and their number in it."""
+    return [
+        (run, number)
+        for run in runs
+        for number, verdict in enumerate(run.verdicts)
+        if verdict.outcome in (NOT_SUPPORTED, IN_PART)
+    ]
+
+
+def surprise_in_words(verdict: Verdict) -> str:
+    """What did not hold, plainly."""
+    if verdict.outcome == NOT_SUPPORTED:
+        return "Did not hold."
+    failing = failing_cells(verdict)
+    named = f": {'; '.join(failing[:4])}" + ("; and others" if len(failing) > 4 else "")
+    return f"Held on average, but not for certain in {len(failing)} of {len(verdict.cells)} cells{named}."
+
+
+def disputes(runs: Sequence[Run]) -> dict[str, list[tuple[Run, int]]]:
+    """Questions on which sources contradict each other, with the claims of both sides; those of one claim are not."""
+    found: dict[str, list[tuple[Run, int]]] = {}
+    for run in runs:
+        topics = {claim.sentence: claim.dispute for claim in run.experiment.claims}
+        for number, verdict in enumerate(run.verdicts):
+            if topic := topics.get(verdict.claim):
+                found.setdefault(topic, []).append((run, number))
+    return {topic: sides for topic, sides in found.items() if len(sides) > 1}
+
+
+def reader_questions(runs: Sequence[Run]) -> list[tuple[Run, str, str]]:
+    """What readers ask, answered: (run, question, answer); each question once for an experiment."""
+    asked: dict[tuple[str, str], tuple[Run, str, str]] = {}
+    for run in runs:
+        for question, answer in run.experiment.reader_questions.items():
+            asked.setdefault((run.config["experiment"], question), (run, question, answer))
+    return list(asked.values())
