@@ -30,8 +30,8 @@ class Affine(NamedTuple):
     def init(self, key: jax.Array, shape: tuple[int, ...]) -> dict[str, jax.Array]:
         """Return {"scale", "bias"} of that shape, each where it is used."""
         starts = {"scale": self.scale_init, "bias": self.bias_init}
-        keys = dict(zip(starts, jax.random.split(key), strict=True))
-        return {name: starts[name](keys[name], shape, self.dtype) for name in self.shapes(shape)}
+        keys = jax.random.split(key)
+        return {n: start(k, shape, self.dtype) for k, (n, start) in zip(keys, starts.items(), strict=True) if start}
 
     def shapes(self, shape: tuple[int, ...]) -> Shapes:
         """Return the shape of each parameter in use."""

@@ -86,7 +86,7 @@ class AxisGroup(NamedTuple):
         return v if self.groups is None else jnp.expand_dims(v, 0)
 
     def _group(self):
-        group_of = {index: number for number, group in enumerate(self.groups) for index in group}
+        group_of = {index: number for number, group in enumerate(self.groups or ()) for index in group}
         return jnp.asarray([group_of[index] for index in sorted(group_of)])[lax.axis_index(self.axis_name)]
 
 

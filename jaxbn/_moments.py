@@ -19,7 +19,7 @@ class Moments(NamedTuple):
       var: the biased variance, mean(|x - mean|**2): [features], real, float32 at least.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # The field hides tuple.count, which nobody needs here.
     mean: jax.Array
     var: jax.Array
 
@@ -27,7 +27,7 @@ class Moments(NamedTuple):
 class Measured(NamedTuple):
     """Moments whose mean is kept as two floats: the exact mean is `mean + remainder`."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # As in Moments.
     mean: jax.Array
     remainder: jax.Array
     var: jax.Array
