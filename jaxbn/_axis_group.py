@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
+from jax.sharding import AxisType
 
 
 class AxisGroup(NamedTuple):
@@ -116,3 +117,8 @@ def varying_axes(x: jax.Array) -> frozenset:
 def whole_axes(x: jax.Array, axes: Sequence[int]) -> tuple[int, ...]:
     """Those of the axes along which no mesh of explicit axes shards x."""
     return tuple(axis for axis in axes if jax.typeof(x).sharding.spec[axis] is None)
+
+
+def on_one_device(x: jax.Array) -> bool:
+    """Whether no mesh is in sight, but for axes that shard_map has bound, over which x could be sharded."""
+    return all(kind == AxisType.Manual for kind in jax.typeof(x).sharding.mesh.axis_types)

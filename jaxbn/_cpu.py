@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
@@ -15,8 +16,7 @@ from jaxbn._axis_group import whole_axes
 _ROW = 32
 
 
-# Tests set this to run the other platforms' code on a CPU: "cpu", "default", or None to ask the platform.
-TWIN: str | None = None
+_forced: str | None = None
 
 
 class Rows(NamedTuple):
@@ -109,25 +109,29 @@ def as_they_are(tree, number: int):
 
 
 def on_cpu(cpu: Callable, default: Callable, *arguments):
-    """The one on CPUs, the other elsewhere."""
+    """The one on CPUs, the other elsewhere: two functions of the same value."""
+    if _forced is not None:
+        return (cpu if _forced == "cpu" else default)(*arguments)
     return lax.platform_dependent(*arguments, cpu=cpu, default=default)
 
 
-def choose(cpu: Callable, default: Callable) -> Callable:
-    """The first of two functions of the same value on CPUs, the other elsewhere; the last argument is static."""
-
-    def chosen(*arguments):
-        *arrays, static = arguments
-        if TWIN is not None:
-            return (cpu if TWIN == "cpu" else default)(*arguments)
-        return lax.platform_dependent(
-            *arrays, cpu=lambda *arrays: cpu(*arrays, static), default=lambda *arrays: default(*arrays, static)
-        )
-
-    return chosen
+def forced() -> str | None:
+    """Whose code `force` has asked for, "cpu" or "default"; None: the platform's. A key for caches of traces."""
+    return _forced
 
 
-def cpu_sums(x, weights, shift, per_unit, axes):
+@contextmanager
+def force(code: str):
+    """Trace the code for CPUs or the "default" one on any platform: for tests, which run both on a CPU."""
+    global _forced
+    before, _forced = _forced, code
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def cpu_sums(axes, x, weights, shift, per_unit):
     """`_sums` of `_measure`, each of which reads x for itself: XLA:CPU would write what they have in common."""
     rows = long_rows(x, axes) if weights is None else Rows(x.shape, axes)
 

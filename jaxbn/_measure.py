@@ -9,8 +9,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._arithmetic import at_least_float32, inner, safe_divide, squared, weighted_sum
-from jaxbn._axis_group import AxisGroup, axis_group_of, whole_axes
-from jaxbn._cpu import choose, cpu_sums
+from jaxbn._axis_group import AxisGroup, axis_group_of, on_one_device, whole_axes
+from jaxbn._cpu import cpu_sums, on_cpu
 from jaxbn._inputs import canonical_axes, combined_weights, inexact, size_of
 from jaxbn._moments import Measured, Moments, pool
 
@@ -75,18 +75,37 @@ def _measure_shard(x, weights, axes):
     the variance. The sample is all of x where there are weights, of which a feature's share is known too late.
     """
     count = _count(x, weights, axes)
-    near = x[sample(x, axes[1:])] if weights is None else x
-    mean = safe_divide(weighted_sum(at_least_float32(near), weights, axes), _count(near, weights, axes))
+    mean = _sampled_mean(x, axes) if weights is None else _refined_mean(x, weights, axes, count)
     # The select also keeps compilers from fusing the division with the addition of shift and offset: the shift that is
     # added has to be the rounded one that is subtracted.
     shift = jnp.where(jnp.isfinite(mean), mean, 0)
     per_unit = _per_unit(shift)
-    first, second = choose(cpu_sums, _sums)(x, weights, shift, per_unit, axes)
+    first, second = on_cpu(partial(cpu_sums, axes), partial(_sums, axes), x, weights, shift, per_unit)
     offset, square = safe_divide(first, count), safe_divide(second, count)
     unit = 1 / per_unit  # Not the square of it, which may overflow.
     var = jnp.maximum(square - squared(offset * per_unit), 0) * unit * unit
     mean = shift + offset
     return Measured(count, mean, (shift - mean) + offset, var)
+
+
+def _sampled_mean(x, axes):
+    """Mean of a sample, summed as distances from its first value, so that it is exact where x is constant."""
+    x = at_least_float32(x[sample(x, axes[1:])])
+    first = jnp.zeros((), x.dtype)
+    if on_one_device(x) and size_of(x.shape, axes) != 0:
+        first = x[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))]
+    total = jnp.sum(x - first, axes) / size_of(x.shape, axes)
+    return total + (jnp.squeeze(first, axes) if first.ndim else first)
+
+
+def _refined_mean(x, weights, axes, count):
+    """Weighted mean, and the mean of what is left of it: exact where x is constant."""
+    mean = jnp.zeros((), at_least_float32(x).dtype)
+    for _ in range(2):
+        rest = at_least_float32(x) - (jnp.expand_dims(mean, axes) if mean.ndim else mean)
+        mean = mean + safe_divide(weighted_sum(rest, weights, axes), count)
+        mean = jnp.where(jnp.isfinite(mean), mean, 0)
+    return mean
 
 
 def sample(x: jax.Array, axes: tuple[int, ...]) -> tuple[slice, ...]:
@@ -143,7 +162,7 @@ def _per_unit(shift):
     return lax.reduce_precision(jnp.clip(ratio, limits.smallest_normal, 1 / limits.smallest_normal), limits.nexp, 0)
 
 
-def _sums(x, weights, shift, per_unit, axes):
+def _sums(axes, x, weights, shift, per_unit):
     """Sums of c = x - shift and of |c * per_unit|**2 over `axes`: [features]."""
     c = at_least_float32(x) - jnp.expand_dims(shift, axes)
     second = squared(c * jnp.expand_dims(per_unit, axes))

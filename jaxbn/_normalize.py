@@ -13,7 +13,7 @@ from jaxbn._affine import Activation
 from jaxbn._arithmetic import at_least_float32, inner
 from jaxbn._axis_group import AxisGroup, axis_group_of, varying_axes
 from jaxbn._checks import check_features, check_residual, checked_epsilon
-from jaxbn._cpu import Rows, as_they_are, long_rows, on_cpu, unfused
+from jaxbn._cpu import Rows, as_they_are, forced, long_rows, on_cpu, unfused
 from jaxbn._inputs import canonical_axes, combined_weights, inexact
 from jaxbn._measure import STATISTICS, measure_groups, tangent_means
 from jaxbn._moments import Measured, Moments
@@ -127,7 +127,7 @@ def normalize_by_batch(
     check_features("scale", scale, x, axes)
     check_features("bias", bias, x, axes)
     check_residual(residual, x)
-    spec = _Spec(axes, axis_group, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
+    spec = _Spec(axes, axis_group, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype), forced())
     return _standardize_jit(x, scale, bias, residual, combined_weights(x, where, weights), None, spec)
 
 
@@ -139,6 +139,7 @@ class _Spec(NamedTuple):
     epsilon: float
     activation: Activation | None
     dtype: jnp.dtype
+    code: str | None = None  # As `_cpu.forced` says: a key of the cache of `_standardize_jit`.
 
 
 def _affine(x, measured, scale, bias, residual, weights, spec):
