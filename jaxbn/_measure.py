@@ -89,13 +89,13 @@ def _measure_shard(x, weights, axes):
 
 
 def _sampled_mean(x, axes):
-    """Mean of a sample, summed as distances from its first value, so that it is exact where x is constant."""
+    """Mean of a sample; where the first value is as near as roundings are, that: a constant is then exact."""
     x = at_least_float32(x[sample(x, axes[1:])])
-    first = jnp.zeros((), x.dtype)
-    if on_one_device(x) and size_of(x.shape, axes) != 0:
-        first = x[tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))]
-    total = jnp.sum(x - first, axes) / size_of(x.shape, axes)
-    return total + (jnp.squeeze(first, axes) if first.ndim else first)
+    mean = safe_divide(jnp.sum(x, axes), jnp.asarray(size_of(x.shape, axes), x.real.dtype))
+    if not on_one_device(x) or size_of(x.shape, axes) == 0:
+        return mean
+    first = x[tuple(0 if axis in axes else slice(None) for axis in range(x.ndim))]
+    return jnp.where(jnp.abs(mean - first) <= 2.0**-20 * jnp.abs(first), first, mean)
 
 
 def _refined_mean(x, weights, axes, count):

@@ -74,8 +74,13 @@ def pool(m: Measured, axis: int | Sequence[int]) -> Measured:
     center = jnp.where(jnp.isfinite(center), center, 0)  # As in `_measure`: what is subtracted is what is added.
     c = (means - jnp.expand_dims(center, axis)) + m.remainder
     offset = jnp.sum(share * c, axis)
-    # The root of the share comes first: the square of a distance may overflow where its share of the sum does not.
-    # Nothing cancels below, for the offset is no more than what rounding the center lost.
-    square = jnp.sum(share * m.var + squared(jnp.sqrt(share) * c), axis)
+    # In units of the largest, a power of two, squares neither overflow nor underflow. Nothing cancels below, for the
+    # offset is no more than what rounding the center lost.
+    peak = lax.stop_gradient(jnp.max(jnp.maximum(jnp.abs(c), jnp.sqrt(m.var)), axis))
+    limits = jnp.finfo(peak.dtype)
+    unit = lax.reduce_precision(jnp.clip(peak, limits.smallest_normal, 1 / limits.smallest_normal), limits.nexp, 0)
+    per_unit = jnp.expand_dims(1 / unit, axis)
+    square = jnp.sum(share * (m.var * per_unit * per_unit + squared(c * per_unit)), axis)
+    var = (square - squared(offset / unit)) * unit * unit
     mean = center + offset
-    return Measured(count, mean, (center - mean) + offset, square - squared(offset))
+    return Measured(count, mean, (center - mean) + offset, var)
