@@ -68,6 +68,13 @@ def fixed_in_words(run: Run) -> str:
     return "Not fixed before the run: no commit holds the claims as they were when it started."
 
 
+def all_fixed_in_words(runs: Sequence[Run]) -> str:
+    """Whether the claims of all runs stood before them."""
+    late = [run.name for run in runs if not run.config["claims"]["fixed_before_the_run"]]
+    words = "Each claim, with the effect that counts as support, was written down before the run that judges it"
+    return words + (f", except those of {', '.join(late)}." if late else ".")
+
+
 def command_of(run: Run) -> str:
     """The command that makes the result again."""
     return f"python -m experiments run {run.config['experiment']} --preset {run.config['preset']}"
@@ -158,6 +165,14 @@ def interval_in_words(low: float, high: float) -> str:
     return f"{low:.3g} to {high:.3g}" if low == low and high == high else "no interval"
 
 
+def threshold_in_words(verdict: Verdict) -> str:
+    """What would hold: "claimed: above 0.05"."""
+    limit = f"{verdict.threshold:g}"
+    neutral = "1" if verdict.ratio else "0"
+    rules = {"above": f"above {limit}", "below": f"below {limit}", "exact": f"at most {limit}"}
+    return f"claimed: {rules.get(verdict.kind, f'within {limit} of {neutral}')}"
+
+
 def surprises(runs: Sequence[Run]) -> list[tuple[Run, int]]:
     """The claims that failed or held in part: their run and their number in it."""
     return [
@@ -170,11 +185,13 @@ def surprises(runs: Sequence[Run]) -> list[tuple[Run, int]]:
 
 def surprise_in_words(verdict: Verdict) -> str:
     """What did not hold, plainly."""
+    claimed = threshold_in_words(verdict)
     if verdict.outcome == NOT_SUPPORTED:
-        return "Did not hold."
+        return f"Did not hold ({claimed})."
     failing = failing_cells(verdict)
     named = f": {'; '.join(failing[:4])}" + ("; and others" if len(failing) > 4 else "")
-    return f"Held on average, but not for certain in {len(failing)} of {len(verdict.cells)} cells{named}."
+    number = f"{len(failing)} of {len(verdict.cells)} cells"
+    return f"Held on average ({claimed}), but not for certain in {number}{named}."
 
 
 def disputes(runs: Sequence[Run]) -> dict[str, list[tuple[Run, int]]]:
