@@ -136,7 +136,7 @@ def test_what_an_experiment_says_is_text_and_no_markup(tmp_path):
 def test_the_reports_count_outcomes_and_have_the_effect_of_every_cell(tmp_path):
     finished_run(tmp_path, [EVERY[name] for name in ("above, held", "above, failed", "above, open", "above, in part")])
     markdown, page = texts_of(tmp_path)
-    assert "**4 claims tested: 1 held, 1 held in part, 1 failed, 1 open.**" in markdown
+    assert "**Of 4 claims: 1 held, 1 held in part, 1 failed, 1 open.**" in markdown
     assert re.findall(r'class="number">(\d+)<', page) == ["1", "1", "1", "1"]
     assert "| Claim. | rate 1 | 0.05 (-0.0742 to 0.174) | not supported |" in markdown
     assert "rate 10.05-0.0742 to 0.174" in plain(page).replace(" rate 1 ", "rate 1")

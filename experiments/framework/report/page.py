@@ -111,6 +111,11 @@ def embedded(run: Run, file: str) -> str:
     return "data:image/png;base64," + base64.b64encode((run.directory / file).read_bytes()).decode()
 
 
+def effect_of(found: Verdict) -> str:
+    """The effect in words, of which no line breaks within "n = 5"."""
+    return effect_in_words(found).replace("n = ", "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+
+
 def size_of(run: Run, file: str) -> tuple[int, int]:
     """Width and height of a PNG in pixels, so that the page does not move when it is shown."""
     head = (run.directory / file).read_bytes()[16:24]
@@ -130,9 +135,9 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     shown = (
         *(drawing.drawn, drawing.legend_mark, words.threshold_in_words, embedded, size_of, validation_of),
-        *(cell_in_words, effect_in_words, outcome_in_words),
+        *(cell_in_words, effect_of, outcome_in_words),
         *(words.answer_of, words.command_of, words.fixed_in_words, words.interval_in_words, words.origin_of),
-        *(words.protocol_in_words, words.surprise_in_words, words.count),
+        *(words.protocol_in_words, words.surprise_in_words, words.count, words.measured_in_words),
     )
     environment.globals |= {function.__name__: function for function in shown}
     constants = {"CLASSES": drawing.CLASSES, "SHORT": words.SHORT, "MEANING": words.MEANING, "TITLE": words.TITLE}

@@ -33,7 +33,7 @@ def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
 
 
 def together_in_words(verdicts: Sequence[Verdict]) -> str:
-    """How many claims there are, and how many of them survive Holm's correction."""
+    """How many claims survive Holm's correction over all of them."""
     survive = survivors(verdicts)
     tested = sum(one is not None for one in survive)
     held = sum(
@@ -41,7 +41,7 @@ def together_in_words(verdicts: Sequence[Verdict]) -> str:
         for one, verdict in zip(survive, verdicts, strict=True)
     )
     rest = len(verdicts) - tested
-    words = f"{count(len(verdicts), 'claim')} in all. With many claims some hold by chance:"
+    words = "With many claims some hold by chance:"
     words += f" {survive.count(True)} of the {held} that held in a statistical test, at least in part, still hold"
     words += f" after Holm's correction over all {tested} that were tested."
     return words + (f" The other {rest} are exact, or have no interval." if rest else "")
@@ -137,6 +137,12 @@ def _places(entries: Sequence[Mapping]) -> str:
 
 def _named(where: Mapping) -> list[str]:
     return [value if isinstance(value, str) else f"{axis} {value:g}" for axis, value in where.items()]
+
+
+def measured_in_words(run: Run, verdict: Verdict) -> str:
+    """What a claim was measured on."""
+    data = run.config["settings"].get("data")
+    return verdict.criterion + (f" Data: {data}." if data else "")
 
 
 def search_in_words(search: Mapping | None) -> str:
