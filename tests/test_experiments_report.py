@@ -1,116 +1,475 @@
 import io
+import json
+import math
+import re
 import shutil
+from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from finished_runs import ABOVE, CLAIM, PROTOCOL, TABLE, finished_run, results, verdict
 from rich.console import Console
-from test_experiments_verdict import results
 
+from experiments.__main__ import main
 from experiments.errors import UserError
 from experiments.framework import registry, report
 from experiments.framework.claim import Claim, fingerprint
 from experiments.framework.display import progress
-from experiments.framework.experiment import Drawn, Experiment
-from experiments.framework.record import write_json
+from experiments.framework.experiment import Experiment, Grid, Search
+from experiments.framework.protocol import parameter_counts, protocol_of, validation_beside_test
+from experiments.framework.report import drawing, words
+from experiments.framework.report.holm import LEVEL, holm, survivors
+from experiments.framework.results import final
 from experiments.framework.show import show_verdicts
-from experiments.framework.tables import Table, to_markdown
-from experiments.framework.verdict import judge
+from experiments.framework.tables import to_markdown
+from experiments.framework.verdict import IN_PART, INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Cell, judge
 
-TABLE = Table("Accuracy", ["arm", "ours"], [["plain", "0.1"]], "n = 2")
-CLAIM = Claim("Claim.", lambda r: r.v, measures="the effect", unit="points", above=0.5)
-ABOUT = Experiment(title="T.", question="Why?", source="A paper", settings={}, claims=[CLAIM], differs="Fewer seeds.")
+HELD, FAILED, OPEN = [1.0, 1.1, 1.05], [0.0, 0.1, 0.05], [0.4, 0.7, 0.5]
+IN_PART_CELLS = [[3.0, 3.1, 3.05], [0.0, 0.1, 0.05]]
+CELLS = ("rate", "seed")
+# One of every kind and outcome, with and without cells, of one seed, of nothing measured, and at the limits of floats.
+EVERY = {
+    "above, held": verdict(HELD),
+    "above, failed": verdict(FAILED),
+    "above, open": verdict(OPEN),
+    "above, in part": verdict(IN_PART_CELLS, CELLS),
+    "above no effect": verdict(HELD, above=0.0),
+    "below": verdict(HELD, below=2.0),
+    "below, a ratio": verdict(HELD, below=2.0, ratio=True),
+    "above, a ratio": verdict([2.0, 2.1, 2.2], above=1.0, ratio=True),
+    "equal": verdict([0.0, 0.1, 0.05], equal=0.5),
+    "equal, a ratio": verdict([1.0, 1.1, 1.05], equal=0.5, ratio=True),
+    "exact": verdict([[1e-15, 2e-15], [0.0, 1e-16]], CELLS, exact=1e-12),
+    "exact zero": verdict([0.0, 0.0], exact=1e-12),
+    "exact, threshold zero": verdict([0.0, 0.0], exact=0.0),
+    "one seed": verdict([1.0]),
+    "not measured": verdict([math.nan, math.nan]),
+    "all alike": verdict([1.0, 1.0, 1.0]),
+    "infinite": verdict([math.inf, 1.0]),
+    "huge": verdict([1e150, 2e150]),
+}
+every_verdict = pytest.mark.parametrize("found", EVERY.values(), ids=EVERY)
 
 
-def finished_run(directory, effects, axes=("seed",), *, fixed=True, sha256=None):
-    directory = directory / "benefits"
-    directory.mkdir()
-    origin = {"commit": "0123456789abcdef", "hardware": "a machine", "versions": {"jax": "0.10.2"}}
-    today = fingerprint(registry.load("benefits").claims)
-    claims = {"sha256": sha256 or today, "fixed_before_the_run": fixed}
-    config = {
-        "experiment": "benefits",
-        "preset": "cpu",
-        "settings": {"seeds": 2},
-        "provenance": origin,
-        "claims": claims,
-    }
-    write_json(directory / "config.json", config)
-    found = judge(CLAIM, results(effects, axes))
-    report.write_summary(directory, ABOUT, [found], [TABLE], [Drawn("a.png", None, "A picture.")])
-    return found
+class Ids(HTMLParser):
+    """The ids of a page, what its links lead to, and every address that it names."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.ids, self.links, self.addresses = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        self.ids += [attrs["id"]] if "id" in attrs else []
+        self.links += [attrs["href"]] if tag == "a" else []
+        self.addresses += [attrs[name] for name in ("src", "href") if name in attrs]
 
 
-def text_of(directory):
-    return report.write_report(directory, None).read_text()
+def texts_of(directory):
+    """Both reports, written."""
+    report.write_report(directory, None)
+    return (directory / report.REPORT).read_text(), (directory / report.PAGE).read_text()
+
+
+def plain(page):
+    """What a page says, without marks."""
+    body = re.sub(r"<(style|script|svg).*?</\1>", "", page, flags=re.S)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", body)).replace("&#39;", "'").replace("&#34;", '"')
+
+
+def both(directory):
+    """Both reports as words."""
+    markdown, page = texts_of(directory)
+    return markdown, plain(page)
 
 
 def test_a_table_in_markdown():
-    assert to_markdown(TABLE) == "**Accuracy**\n\n| arm | ours |\n| --- | ---: |\n| plain | 0.1 |\n\nn = 2"
+    shown = "| arm | ours | published ours |\n| --- | ---: | ---: |\n| plain | 0.1 | 0.2 |"
+    assert to_markdown(TABLE) == f"**Accuracy**\n\n{shown}\n\nn = 2"
 
 
-def test_the_report_has_question_verdict_table_picture_criterion_and_origin(tmp_path):
-    finished_run(tmp_path, [1.0, 1.1, 1.05])
-    text = text_of(tmp_path)
-    for part in (
-        "Why? Source: A paper.",
-        "| Claim. | **supported** |  Effect 1.05 points",
-        to_markdown(TABLE),
-        "![A picture.](benefits/a.png)",
-        f"- Claim. {CLAIM.criterion}",
-        "What differs from the source: Fewer seeds.",
-        "The claims were fixed before the run",
-        "at commit `0123456789ab` on a machine",
-    ):
-        assert part in text
+def test_both_reports_have_question_verdict_table_picture_criterion_and_origin(tmp_path):
+    finished_run(tmp_path, [verdict(HELD)], protocol=PROTOCOL)
+    markdown, page = texts_of(tmp_path)
+    for text in (markdown, plain(page)):
+        for part in (
+            "Why?",
+            "A paper",
+            "Of 1 claim, 1 held.",
+            "Effect 1.05 points, 95% interval 0.926 to 1.17, n = 3.",
+            "Accuracy",
+            "n = 2",
+            f"Claim. {CLAIM.criterion}",
+            "Fewer seeds.",
+            "The claims were fixed before the run",
+            "python -m experiments run benefits --preset cpu",
+            "0123456789ab",
+            "a machine",
+            "3 minutes",
+            "plain: 89,610",
+            "rate by validation accuracy, the same 3 trials for every arm (0.1, 1, 10), 2 seeds each",
+            "Final validation beside test accuracy",
+            words.INTERVALS,
+        ):
+            assert part in text
+    assert "![A picture.](benefits/a.png)" in markdown
+    assert 'alt="What is it? A picture."' in page
 
 
-def test_the_report_has_the_effect_of_every_cell(tmp_path):
-    finished_run(tmp_path, [[1.0, 1.1, 1.05], [0.0, 0.1, 0.05]], ("rate", "seed"))
-    text = text_of(tmp_path)
-    assert "in 1 of 2 cells" in text
-    assert "| Claim. | rate 1 | 0.05 (-0.0742 to 0.174) | not supported |" in text
+def test_the_page_names_no_address_outside_and_every_link_leads_somewhere(tmp_path):
+    finished_run(tmp_path, list(EVERY.values()))
+    finished_run(tmp_path, [verdict(HELD)], experiment="placement")
+    found = Ids(texts_of(tmp_path)[1])
+    assert all(address.startswith(("#", "data:")) for address in found.addresses)
+    assert {link[1:] for link in found.links} <= set(found.ids)
+    assert len(set(found.ids)) == len(found.ids)
+
+
+def test_what_an_experiment_says_is_text_and_no_markup(tmp_path):
+    finished_run(tmp_path, [verdict(HELD, sentence="<script>alert(1)</script> a | b")])
+    markdown, page = texts_of(tmp_path)
+    assert "<script>alert" not in page
+    assert "a \\| b" in markdown
+
+
+def test_the_reports_count_outcomes_and_have_the_effect_of_every_cell(tmp_path):
+    finished_run(tmp_path, [EVERY[name] for name in ("above, held", "above, failed", "above, open", "above, in part")])
+    markdown, page = texts_of(tmp_path)
+    assert "**Of 4 claims: 1 held, 1 held in part, 1 failed, 1 open.**" in markdown
+    assert re.findall(r'class="number">(\d+)<', page) == ["1", "1", "1", "1"]
+    assert "| Claim. | rate 1 | 0.05 (-0.0742 to 0.174) | not supported |" in markdown
+    assert "rate 10.05-0.0742 to 0.174" in plain(page).replace(" rate 1 ", "rate 1")
+
+
+def test_what_surprised_us_is_what_failed_or_held_in_part(tmp_path):
+    sentences = {"above, held": "Held.", "above, failed": "Failed.", "above, in part": "In part."}
+    verdicts = [EVERY[name]._replace(claim=sentence) for name, sentence in sentences.items()]
+    finished_run(tmp_path, verdicts)
+    for text in both(tmp_path):
+        told = text[text.index("What surprised us") :]
+        told = told[: told.index("Why?")]
+        assert "Did not hold (claimed: above 0.5)." in told
+        assert "Held on average (claimed: above 0.5), but not for certain in 1 of 2 cells: rate 1" in told
+        assert "Held." not in told
 
 
 def test_what_was_read_back_is_what_was_judged(tmp_path):
-    found = finished_run(tmp_path, [[1.0, 1.1, 1.05], [0.0, 0.1, 0.05]], ("rate", "seed"))
-    (again,) = report.read_verdicts(tmp_path / "benefits")
-    assert again.cells[0].where == found.cells[0].where
-    assert again.effect == pytest.approx(found.effect)
-    assert (again.needed, again.outcome) == (found.needed, found.outcome)
+    for name, found in EVERY.items():
+        directory = finished_run(tmp_path, [found], name=name)
+        (again,) = report.read_verdicts(directory)
+        assert [cell.where for cell in again.cells] == [cell.where for cell in found.cells]
+        assert (again.needed, again.outcome, again.p_value is None) == (
+            *(found.needed, found.outcome),
+            found.p_value is None,
+        )
+        if math.isfinite(found.effect):
+            assert again.effect == pytest.approx(found.effect, rel=1e-5)
 
 
 def test_claims_that_were_not_in_a_commit_are_said_to_be_so(tmp_path):
-    finished_run(tmp_path, [1.0, 1.1], fixed=False)
-    assert "**Not fixed before the run**" in text_of(tmp_path)
+    finished_run(tmp_path, [verdict(HELD)], fixed=False)
+    markdown, page = both(tmp_path)
+    assert "**Not fixed before the run**" in markdown
+    assert "except those of benefits" in page
 
 
-def test_claims_that_changed_since_are_said_to_have(tmp_path):
-    finished_run(tmp_path, [1.0, 1.1], sha256="0" * 64)
-    assert "**The claims have changed since**" in text_of(tmp_path)
+STALE = {
+    "claims": ({"sha256": "0" * 64}, "claims have changed since it was made"),
+    "settings": ({"settings": {"steps": 7}}, "settings of the preset cpu are others than it was made with (steps 7"),
+    "more settings": ({"settings": {"gone": 1}}, "(gone 1, today None)"),
+}
 
 
-def test_a_report_of_one_seed_says_that_there_is_no_interval(tmp_path):
-    finished_run(tmp_path, [1.0])
-    assert "Effect 1 points, no interval, n = 1" in text_of(tmp_path)
+@pytest.mark.parametrize(("changes", "said"), STALE.values(), ids=STALE)
+def test_a_stale_result_is_marked_and_fails_the_check(tmp_path, capsys, changes, said):
+    finished_run(tmp_path, [verdict(HELD)], **changes)
+    markdown, page = texts_of(tmp_path)
+    assert said in markdown
+    assert said in plain(page)
+    assert '<strong class="stale">stale</strong>' in page
+    assert main(["report", "--check", "--results", str(tmp_path)]) == 1
+    assert said in capsys.readouterr().err
 
 
-def test_a_second_run_of_an_experiment_has_a_section_of_its_own(tmp_path):
-    finished_run(tmp_path, [1.0, 1.1, 1.05])
-    shutil.copytree(tmp_path / "benefits", tmp_path / "benefits_again")
-    text = text_of(tmp_path)
-    assert text.index("## benefits\n") < text.index("## benefits_again\n")
+def test_a_result_of_other_code_is_not_stale(tmp_path):
+    directory = finished_run(tmp_path, [verdict(HELD)])
+    texts_of(tmp_path)
+    assert report.check(tmp_path, None) == []
+    config = json.loads((directory / "config.json").read_text())
+    config["provenance"]["commit"] = "f" * 40
+    (directory / "config.json").write_text(json.dumps(config))
+    assert "f" * 12 in texts_of(tmp_path)[0]
+    assert report.check(tmp_path, None) == []
 
 
-def test_a_run_of_an_unknown_experiment_is_refused(tmp_path):
-    finished_run(tmp_path, [1.0])
-    write_json(tmp_path / "benefits" / "config.json", {"experiment": "gone"})
-    with pytest.raises(UserError, match="'gone', which is no experiment"):
+def test_the_check_writes_nothing_and_asks_for_a_report_that_is_behind(tmp_path, capsys):
+    finished_run(tmp_path, [verdict(HELD)])
+    before = sorted(tmp_path.iterdir())
+    assert main(["report", "--check", "--results", str(tmp_path)]) == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert "report.html is not what the results say" in capsys.readouterr().err
+    assert main(["report", "--results", str(tmp_path)]) == 0
+    assert main(["report", "--check", "--results", str(tmp_path)]) == 0
+
+
+def unfinished(directory):
+    held = json.loads((directory / "progress.json").read_text())
+    (directory / "progress.json").write_text(json.dumps({**held, "finished": False}))
+
+
+def without(file):
+    return lambda directory: (directory / file).unlink()
+
+
+def instead(file, content):
+    return lambda directory: (directory / file).write_text(content)
+
+
+def edited(file, **changes):
+    def harm(directory):
+        (directory / file).write_text(json.dumps({**json.loads((directory / file).read_text()), **changes}))
+
+    return harm
+
+
+HARMS = {
+    "unknown": (edited("config.json", experiment="gone"), "a run of 'gone', which is no experiment"),
+    "unfinished": (unfinished, "not finished"),
+    "not judged": (without("summary.json"), "not finished"),
+    "no config": (without("config.json"), "no run (no config.json in it)"),
+    "no progress": (without("progress.json"), "progress.json is missing or damaged"),
+    "no rows": (without("metrics.jsonl"), "metrics.jsonl was changed"),
+    "other rows": (instead("metrics.jsonl", "{}\n"), "metrics.jsonl was changed"),
+    "half a config": (instead("config.json", '{"exp'), "config.json is not readable JSON"),
+    "half a summary": (instead("summary.json", '{"verd'), "summary.json is not readable JSON"),
+    "an old summary": (edited("summary.json", verdicts=[{"claim": "Claim."}]), "not as a run writes it today"),
+    "an old table": (edited("summary.json", tables=[{"head": []}]), "not as a run writes it today"),
+    "an old config": (edited("config.json", claims={}), "not as a run writes it today"),
+    "no hardware": (edited("config.json", provenance={"commit": "a", "versions": {}}), "has no 'hardware'"),
+    "no picture": (without("a.png"), "a.png is missing or no PNG"),
+    "other picture": (instead("a.png", "<svg>"), "a.png is missing or no PNG"),
+    "picture elsewhere": (edited("summary.json", pictures=[{"file": "../../x.png", "caption": ""}]), "leads out of"),
+}
+
+
+@pytest.mark.parametrize(("harm", "said"), HARMS.values(), ids=HARMS)
+def test_a_bad_directory_is_left_out_with_a_note_and_fails_the_check(tmp_path, capsys, harm, said):
+    finished_run(tmp_path, [verdict(HELD, sentence="The good one.")])
+    harm(finished_run(tmp_path, [verdict(HELD, sentence="The bad one.")], experiment="placement", name="bad"))
+    for text in both(tmp_path):
+        assert said in text
+        assert "The good one." in text
+        assert "The bad one." not in text
+    assert main(["report", "--check", "--results", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "bad is left out" in error
+    assert said in error
+
+
+def test_a_report_of_bad_directories_alone_says_so(tmp_path):
+    unfinished(finished_run(tmp_path, [verdict(HELD)]))
+    assert all("not finished" in text for text in both(tmp_path))
+
+
+def test_benchmarks_are_no_experiment(tmp_path):
+    (tmp_path / "bench").mkdir()
+    with pytest.raises(UserError, match="holds no finished run"):
         report.write_report(tmp_path, None)
 
 
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    finished_run(tmp_path, [verdict(HELD)])
+    before = texts_of(tmp_path)
+    shutil.rmtree(tmp_path / "benefits")
+    finished_run(tmp_path, [verdict(FAILED)])
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(UserError, match="No space left"):
+        report.write_report(tmp_path, None)
+    assert tuple((tmp_path / file).read_text() for file in (report.REPORT, report.PAGE)) == before
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_a_second_run_of_an_experiment_has_a_section_of_its_own(tmp_path):
+    finished_run(tmp_path, [verdict(HELD)])
+    finished_run(tmp_path, [verdict(HELD)], name="benefits_again")
+    text, _ = texts_of(tmp_path)
+    assert text.index("## benefits\n") < text.index("## benefits_again\n")
+
+
+def test_the_list_in_the_top_page_is_replaced_between_its_marks(tmp_path):
+    finished_run(tmp_path, [verdict(HELD), verdict(FAILED)])
+    readme = tmp_path / "TOP.md"
+    readme.write_text("\n".join(["before", report.FOUND[0], "old", report.FOUND[1], "after"]))
+    report.write_report(tmp_path, readme)
+    line = "- [benefits](experiments/results/README.md#benefits): Why? 2 claims: 1 supported, 1 not supported."
+    assert readme.read_text() == "\n".join(["before", report.FOUND[0], line, report.FOUND[1], "after"])
+
+
 def test_the_report_is_the_same_when_built_again(tmp_path):
-    finished_run(tmp_path, [1.0, 1.1, 1.05])
-    first = report.write_report(tmp_path, None).read_bytes()
-    assert report.write_report(tmp_path, None).read_bytes() == first
+    finished_run(tmp_path, list(EVERY.values()))
+    assert texts_of(tmp_path) == texts_of(tmp_path)
+
+
+def declared(monkeypatch, **fields):
+    """Let the experiments declare more than they do: fields of `Experiment`, for all of them."""
+    load = registry.load
+
+    def more(name):
+        held = load(name)
+        return Experiment(**{**{field: getattr(held, field) for field in held.__dataclass_fields__}, **fields})
+
+    monkeypatch.setattr(registry, "load", more)
+
+
+def test_parts_that_no_experiment_declares_are_left_out(tmp_path):
+    finished_run(tmp_path, [verdict(HELD)])
+    for text in both(tmp_path):
+        assert "contradict" not in text
+        assert "Questions that readers ask" not in text
+        assert "What surprised us" not in text
+
+
+def test_an_answer_a_citation_and_readers_questions_are_shown(tmp_path, monkeypatch):
+    said = {"Is it needed?": "No. Not here."}
+    declared(monkeypatch, answer="It does. Look.", citation="A. Author, Paper, 2015.", reader_questions=said)
+    finished_run(tmp_path, [verdict(HELD)])
+    finished_run(tmp_path, [verdict(HELD)], name="again")
+    for text in both(tmp_path):
+        assert "It does. Look." in text
+        assert "A. Author, Paper, 2015." in text
+        assert text.count("Is it needed?") == 1
+
+
+def test_claims_of_one_dispute_stand_side_by_side(tmp_path, monkeypatch):
+    sentences = {"It helps.": "benefits", "It hurts.": "placement"}
+    claims = [Claim(s, lambda r: r.v, dispute="Does noise help?", **ABOVE) for s in sentences]
+    lone = Claim("Alone.", lambda r: r.v, dispute="Is it alone?", **ABOVE)
+    declared(monkeypatch, claims=[*claims, lone])
+    for sentence, name in sentences.items():
+        found = [verdict(HELD, sentence=sentence), *([verdict(HELD, sentence="Alone.")] if name == "benefits" else [])]
+        finished_run(tmp_path, found, experiment=name)
+    for text in both(tmp_path):
+        told = text[text.index("Does noise help?") :]
+        told = told[: told.index("Why?")]
+        assert told.index("It helps.") < told.index("It hurts.")
+        assert "Is it alone?" not in text
+
+
+def test_a_dispute_is_no_part_of_what_fixes_a_claim():
+    def effect(r):
+        return r.v
+
+    one, other = (fingerprint([Claim("C.", effect, dispute=d, **ABOVE)]) for d in ("", "Does noise help?"))
+    assert one == other
+
+
+def test_holms_correction_is_that_of_the_textbook():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_holms_correction_never_favours_and_keeps_the_order():
+    p_values = np.random.default_rng(0).uniform(size=40)
+    adjusted = np.array(holm(p_values.tolist()))
+    assert np.all(adjusted >= p_values)
+    assert np.all(np.diff(adjusted[np.argsort(p_values)]) >= 0)
+
+
+def test_a_claim_alone_survives_exactly_where_it_holds():
+    for effects in (HELD, FAILED, OPEN, [0.5, 0.7, 0.6], [0.45, 0.62, 0.7, 0.9]):
+        found = verdict(effects)
+        assert survivors([found]) == [found.outcome == SUPPORTED]
+
+
+def test_what_survives_of_many_claims_and_what_is_not_tested():
+    held = EVERY["above, held"]
+    weak = held._replace(p_value=0.9 * LEVEL)
+    alone = [held, EVERY["exact"], EVERY["one seed"], EVERY["above, failed"]]
+    assert survivors([*alone, weak, weak]) == [True, None, None, False, False, False]
+    assert "2 are exact, or have no interval" in words.together_in_words([*alone, weak, weak])
+
+
+@every_verdict
+def test_a_drawing_is_well_formed_and_stays_inside(found):
+    text = str(drawing.drawn(found))
+    numbers = re.findall(r'\b(?:x|x1|x2|cx)="([^"]+)"', text)
+    assert all(0 <= float(number) <= drawing.WIDTH for number in numbers)
+    assert text.count("<svg") == text.count("</svg>") == 1
+    assert words.SHORT[found.outcome] in text
+    assert ('class="limit"' in text) or found.threshold == 0
+
+
+@every_verdict
+def test_a_claim_holds_to_the_right_of_its_threshold(found):
+    if not math.isfinite(found.effect) or found.outcome not in (SUPPORTED, NOT_SUPPORTED):
+        return
+    scale = drawing.scale_of(found)
+    place, limits = scale.x(found.effect), [scale.x(limit) for limit in drawing.limits_of(found)]
+    held = limits[0] <= place <= limits[-1] if found.kind == "equal" else place >= limits[0]
+    assert held == (found.outcome == SUPPORTED)
+
+
+@every_verdict
+def test_how_far_beyond_its_threshold_a_claim_lies_has_the_sign_of_its_verdict(found):
+    beyond = drawing.beyond(found)
+    assert not math.isnan(beyond)
+    if math.isfinite(found.effect) and math.isfinite(found.low) and found.kind != "exact":
+        assert {SUPPORTED: beyond >= 1, IN_PART: beyond >= 1, NOT_SUPPORTED: beyond <= -1}.get(
+            found.outcome, abs(beyond) <= 1
+        )
+
+
+def test_each_outcome_has_a_shape_of_its_own():
+    shapes = {re.sub(r'class="[^"]+"', "", drawing.mark(outcome, 7, 7)) for outcome in words.OUTCOMES}
+    assert len(shapes) == len(words.OUTCOMES) == len({SUPPORTED, IN_PART, NOT_SUPPORTED, INCONCLUSIVE})
+
+
+def test_cells_that_do_not_hold_are_named():
+    found = EVERY["above, in part"]
+    assert words.failing_cells(found) == ["rate 1 (-0.0742 to 0.174)"]
+    nothing = found._replace(cells=[Cell({"rate": 1.0}, math.nan, math.nan, math.nan, INCONCLUSIVE)])
+    assert words.failing_cells(nothing) == ["rate 1 (no interval)"]
+
+
+def test_parameters_are_counted_by_the_axes_on_which_they_depend():
+    experiment = registry.load("benefits")
+    assert experiment.grid is not None
+    counts = parameter_counts(experiment.grid, experiment.settings["smoke"])
+    plain = 784 * 100 + 2 * 100 * 100 + 100 * 10 + 310
+    expected = [({"arm": "plain"}, plain), ({"arm": "batch norm"}, plain + 300)]  # scale and bias for a bias
+    assert [(entry["where"], entry["value"]) for entry in counts] == expected
+
+
+def test_the_protocol_has_what_a_search_tried_and_chose():
+    grid = registry.load("deep_conv").grid
+    searching = Grid(grid.task, 64, {"arm": ("plain",)}, {"std": (1.0,)}, search=Search("rate", (0.1, 1.0), on="loss"))
+    experiment = Experiment(title="", question="", source="", settings={}, claims=[], grid=searching)
+    rows = [
+        {"stage": "search 0: plain", "runs": [{"rate": 0.1}, {"rate": 1.0}]},
+        {"stage": "search 1: plain", "runs": [{"rate": 10.0}]},
+        {"stage": "plain", "runs": [{"std": 1.0, "rate": 1.0, "seed": 0}, {"std": 1.0, "rate": 1.0, "seed": 1}]},
+    ]
+    found = protocol_of(experiment, registry.load("deep_conv").settings["smoke"], rows, results(HELD))
+    assert found["search"] == {"axis": "rate", "values": [0.1, 1.0, 10.0], "seeds": 2, "on": "loss"}
+    assert found["chosen"] == [{"where": {"arm": "plain", "std": 1.0}, "value": 1.0}]
+    assert found["validation"] is None
+
+
+def test_validation_stands_beside_test_accuracy():
+    grid = Grid(lambda settings: None, 1, {"arm": ("plain", "batch norm")})
+    both = results([[[0.5, 0.8]], [[0.6, 0.9]]], ("arm", "seed", "step")).assign_coords(arm=["plain", "batch norm"])
+    found = both.rename(v="test_accuracy").assign(validation_accuracy=both.v - 0.1)
+    table = validation_beside_test(grid, found)
+    assert table is not None
+    assert final(found.test_accuracy).values.tolist() == [[0.8], [0.9]]
+    assert (table.columns, table.names) == (["arm", "validation", "test"], 1)
+    assert table.rows == [["plain", "0.700", "0.800"], ["batch norm", "0.800", "0.900"]]
 
 
 @pytest.mark.parametrize(("effects", "outcome"), [([1.0, 1.01], "SUPPORTED"), ([0.0, 0.01], "NOT SUPPORTED")])

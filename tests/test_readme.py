@@ -37,11 +37,10 @@ def test_the_top_page_is_short():
     assert len(README.read_text().splitlines()) <= 150
 
 
-def test_what_was_found_is_what_the_committed_results_say():
-    text = README.read_text()
-    assert report.with_found(text, report.RESULTS) == text, "run `python -m experiments report`"
+FILES = [README, report.RESULTS / report.REPORT, report.RESULTS / report.PAGE]
 
 
-def test_the_report_is_what_the_committed_results_say():
-    committed = (report.RESULTS / report.REPORT).read_text()
-    assert report.report_of(report.RESULTS) == committed, "run `python -m experiments report`"
+@pytest.mark.parametrize("file", FILES, ids=["found", "markdown", "page"])
+def test_the_report_is_what_the_committed_results_say(file):
+    built = report.files_of(report.collect(report.RESULTS), report.RESULTS, README)
+    assert file.read_text() == built[file], "run `python -m experiments report`"

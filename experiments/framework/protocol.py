@@ -110,4 +110,4 @@ def validation_beside_test(grid: Grid, results: xr.Dataset) -> Table | None:
         at = {name: both[0][name].values[index] for name, index in zip(axes, place, strict=True)}
         values = [mean_and_std(one.sel(at).values.ravel()) for one in both]
         rows.append([*(v if isinstance(v, str) else f"{v:g}" for v in at.values()), *values])
-    return Table("Final validation beside test accuracy", [*axes, "validation", "test"], rows)
+    return Table("Final validation beside test accuracy", [*axes, "validation", "test"], rows, names=len(axes))

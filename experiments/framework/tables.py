@@ -16,6 +16,7 @@ class Table(NamedTuple):
     columns: list[str]
     rows: list[list[str]]
     note: str = ""  # what a reader has to know: units, number of seeds, what is not comparable
+    names: int = 1  # how many of the first columns name the row
 
 
 def table_of(
@@ -61,7 +62,7 @@ def table_of(
                 cells += ["" if np.isnan(v) else f"{v:{form}}" for v, form in zip(figures, forms, strict=True)]
             lines.append([*map(_label, at.values()), *cells])
         names = [*heads, *(f"published {head}" for head in heads)] if published is not None else heads
-        return Table(title, [*rows, *names], lines, f"{basis(settings)} {note}".strip())
+        return Table(title, [*rows, *names], lines, f"{basis(settings)} {note}".strip(), len(rows))
 
     return table
 

@@ -13,7 +13,7 @@ from experiments.framework.claim import fingerprint
 from experiments.framework.experiment import Experiment
 from experiments.framework.files import inside, read_json
 from experiments.framework.record import CONFIG, PROGRESS, ROWS
-from experiments.framework.report.summary import SUMMARY, verdicts_in
+from experiments.framework.report.summary import SUMMARY, WORDS, verdicts_in
 from experiments.framework.resume import Place
 from experiments.framework.tables import Table
 from experiments.framework.verdict import Verdict
@@ -68,7 +68,9 @@ class Collection:
     def troubles(self) -> list[str]:
         """What is wrong, a sentence each."""
         left_out = [f"{one.name} is left out: {one.reason}" for one in self.left_out]
-        return left_out + [f"{run.name} is stale: {reason}" for run in self.runs for reason in run.stale]
+        return left_out + [
+            f"{run.name} is stale: {reason[:1].lower()}{reason[1:]}" for run in self.runs for reason in run.stale
+        ]
 
 
 def collect(results: Path) -> Collection:
@@ -109,7 +111,7 @@ def read_run(directory: Path) -> Run:
         _check_picture(directory, picture["file"])
     experiment = registry.load(name)
     run = Run(directory.name, directory, experiment, config, summary, verdicts_in(summary), stale(config, experiment))
-    _check_words(run)
+    _check_entries(run)
     return run
 
 
@@ -130,21 +132,30 @@ def _check_picture(directory: Path, file: str) -> None:
         raise UserError(f"{file} is missing or no PNG: give the run's command again, which draws it anew")
 
 
-def _check_words(run: Run) -> None:
-    """Look up what the reports need, so that a file that lacks it is found here."""
-    origin = run.config["provenance"]
-    _ = origin["commit"], origin["hardware"], origin["versions"]["jax"], run.config["preset"]
-    _ = run.config["settings"]["seeds"], run.config["claims"]["fixed_before_the_run"], run.tables
-    _ = run.summary["question"], run.summary["source"], run.summary["differs"]
+def _check_entries(run: Run) -> None:
+    """Refuse a run without what the reports need; UserError."""
+    needed = {
+        "config.json": (run.config, ("preset", "settings", "claims", "provenance")),
+        "config.json's settings": (run.config["settings"], ("seeds",)),
+        "config.json's claims": (run.config["claims"], ("sha256", "fixed_before_the_run")),
+        "config.json's provenance": (run.config["provenance"], ("commit", "hardware", "versions")),
+        SUMMARY: (run.summary, (*WORDS, "tables", "pictures")),
+    }
+    lacking = [
+        f"{file} has no {name!r}" for file, (held, names) in needed.items() for name in names if name not in held
+    ]
+    if lacking:
+        raise UserError(f"{'; '.join(lacking)}: run the experiment again")
+    _ = run.tables  # TypeError where a table is none
 
 
 def stale(config: dict, experiment: Experiment) -> list[str]:
     """Why a result no longer belongs to its experiment; code that changed since does not count."""
     today, then = fingerprint(experiment.claims), config["claims"]["sha256"]
-    found = [f"its claims have changed since it was made (SHA-256 {then[:12]}, today {today[:12]})."] * (today != then)
+    found = [f"Its claims have changed since it was made (SHA-256 {then[:12]}, today {today[:12]})."] * (today != then)
     preset = config["preset"]
     if preset not in experiment.settings:
-        return [*found, f"there is no preset {preset!r} any more."]
+        return [*found, f"There is no preset {preset!r} any more."]
     now = json.loads(json.dumps(dataclasses.asdict(experiment.settings[preset])))
     held = config["settings"]
     differ = [
@@ -152,6 +163,6 @@ def stale(config: dict, experiment: Experiment) -> list[str]:
         for name in dict.fromkeys([*now, *held])
         if held.get(name) != now.get(name)
     ]
-    return found + [f"the settings of the preset {preset} are others than it was made with ({'; '.join(differ)})."] * (
+    return found + [f"The settings of the preset {preset} are others than it was made with ({'; '.join(differ)})."] * (
         bool(differ)
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from experiments.framework.report.words import SHORT, interval_in_words
+from experiments.framework.report.words import SHORT, interval_in_words, threshold_in_words
 from experiments.framework.verdict import IN_PART, INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict, cell_in_words
 
 WIDTH, HEIGHT, MARGIN = 320, 46, 12
@@ -52,14 +52,6 @@ def alternative(verdict: Verdict) -> str:
     effect = "unknown" if math.isnan(verdict.effect) else f"{verdict.effect:.3g}"
     bounds = "" if verdict.kind == "exact" else f" ({interval_in_words(verdict.low, verdict.high)})"
     return f"{SHORT[verdict.outcome]}: effect {effect} {verdict.unit}{bounds}; {threshold_in_words(verdict)}"
-
-
-def threshold_in_words(verdict: Verdict) -> str:
-    """What would hold: "claimed: above 0.05"."""
-    limit = f"{verdict.threshold:g}"
-    neutral = "1" if verdict.ratio else "0"
-    rules = {"above": f"above {limit}", "below": f"below {limit}", "exact": f"at most {limit}"}
-    return f"claimed: {rules.get(verdict.kind, f'within {limit} of {neutral}')}"
 
 
 def limits_of(verdict: Verdict) -> tuple[float, ...]:

@@ -39,8 +39,7 @@ def _head(collection: Collection) -> list[str]:
         "Built by `python -m experiments report` from the directories beside it. [report.html](report.html) says the"
         " same on one page with a map of all claims to filter and sort; download it and open it in a browser.",
         *_notes(collection),
-        f"**{words.count(len(verdicts), 'claim')} tested: {found}.** {words.together_in_words(verdicts)}"
-        f" {words.INTERVALS}",
+        f"**Of {words.count(len(verdicts), 'claim')}: {found}.** {words.together_in_words(verdicts)} {words.INTERVALS}",
         *_claims(runs),
         *_surprises(runs),
         *_disputes(runs),
@@ -79,7 +78,12 @@ def _disputes(runs: Sequence[Run]) -> list[str]:
 
 
 def _side(run: Run, verdict: Verdict) -> list[str]:
-    return [verdict.claim, words.source_of(run, verdict), words.SHORT[verdict.outcome], verdict.criterion]
+    return [
+        verdict.claim,
+        words.source_of(run, verdict),
+        words.SHORT[verdict.outcome],
+        words.measured_in_words(run, verdict),
+    ]
 
 
 def _questions(runs: Sequence[Run]) -> list[str]:

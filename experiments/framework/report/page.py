@@ -14,7 +14,15 @@ from experiments.framework.report import drawing, words
 from experiments.framework.report.collect import Collection, Run
 from experiments.framework.report.holm import survivors
 from experiments.framework.tables import Table
-from experiments.framework.verdict import Verdict, cell_in_words, effect_in_words, outcome_in_words
+from experiments.framework.verdict import (
+    IN_PART,
+    SUPPORTED,
+    Cell,
+    Verdict,
+    cell_in_words,
+    effect_in_words,
+    outcome_in_words,
+)
 
 HERE = Path(__file__).parent
 
@@ -49,7 +57,14 @@ class Line:
         return round(min(max(drawing.beyond(self.verdict), -1e9), 1e9), 6)
 
     @property
-    def by_strength(self) -> list:
+    def corrected(self) -> str:
+        """What Holm's correction leaves of a claim that held, as a sentence; empty where there is nothing to say."""
+        if self.survives is None or self.verdict.outcome not in (SUPPORTED, IN_PART):
+            return ""
+        return f" {'Survives' if self.survives else 'Does not survive'} Holm’s correction over all claims."
+
+    @property
+    def by_strength(self) -> list[Cell]:
         """The cells of the claim, those in which it holds least first."""
         falls = self.verdict.kind in ("below", "exact")
         cells = [cell for cell in self.verdict.cells if math.isfinite(cell.effect)]
@@ -66,6 +81,7 @@ def page_of(collection: Collection) -> str:
         by_run={run.name: [line for line in lines if line.run is run] for run in collection.runs},
         at={(line.run.name, line.number): line for line in lines},
         counts=words.counts(verdicts),
+        fixed=words.all_fixed_in_words(collection.runs),
         together=words.together_in_words(verdicts) if verdicts else "",
         sources=sorted({line.source for line in lines}, key=str.casefold),
         themes=themes_of(collection.runs),
@@ -95,6 +111,11 @@ def embedded(run: Run, file: str) -> str:
     return "data:image/png;base64," + base64.b64encode((run.directory / file).read_bytes()).decode()
 
 
+def effect_of(found: Verdict) -> str:
+    """The effect in words, of which no line breaks within "n = 5"."""
+    return effect_in_words(found).replace("n = ", "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}")
+
+
 def size_of(run: Run, file: str) -> tuple[int, int]:
     """Width and height of a PNG in pixels, so that the page does not move when it is shown."""
     head = (run.directory / file).read_bytes()[16:24]
@@ -107,30 +128,16 @@ def validation_of(run: Run) -> Table | None:
     return Table(**held) if held else None
 
 
-def named_columns(table: Table) -> int:
-    """How many of the first columns name the row rather than hold a figure."""
-    first = next((n for n, name in enumerate(table.columns) if name.startswith("published ")), len(table.columns))
-    figures = len(table.columns) - first if first < len(table.columns) else 0
-    if figures:
-        return first - figures
-    texts = [number for number in range(len(table.columns)) if all(_is_name(row[number]) for row in table.rows)]
-    return max(texts[-1] + 1 if texts and texts == list(range(len(texts))) else 1, 1) if table.rows else 1
-
-
-def _is_name(entry: str) -> bool:
-    return not entry[:1].isdigit() and not entry.startswith(("-", "–", "nan", "inf"))
-
-
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
     shown = (
-        *(drawing.drawn, drawing.legend_mark, drawing.threshold_in_words, embedded, size_of, validation_of),
-        *(named_columns, cell_in_words, effect_in_words, outcome_in_words),
+        *(drawing.drawn, drawing.legend_mark, words.threshold_in_words, embedded, size_of, validation_of),
+        *(cell_in_words, effect_of, outcome_in_words),
         *(words.answer_of, words.command_of, words.fixed_in_words, words.interval_in_words, words.origin_of),
-        *(words.protocol_in_words, words.surprise_in_words, words.count),
+        *(words.protocol_in_words, words.surprise_in_words, words.count, words.measured_in_words),
     )
     environment.globals |= {function.__name__: function for function in shown}
     constants = {"CLASSES": drawing.CLASSES, "SHORT": words.SHORT, "MEANING": words.MEANING, "TITLE": words.TITLE}

@@ -33,7 +33,7 @@ def counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
 
 
 def together_in_words(verdicts: Sequence[Verdict]) -> str:
-    """How many claims there are, and how many of them survive Holm's correction."""
+    """How many claims survive Holm's correction over all of them."""
     survive = survivors(verdicts)
     tested = sum(one is not None for one in survive)
     held = sum(
@@ -41,7 +41,7 @@ def together_in_words(verdicts: Sequence[Verdict]) -> str:
         for one, verdict in zip(survive, verdicts, strict=True)
     )
     rest = len(verdicts) - tested
-    words = f"{count(len(verdicts), 'claim')} in all. With many claims some hold by chance:"
+    words = "With many claims some hold by chance:"
     words += f" {survive.count(True)} of the {held} that held in a statistical test, at least in part, still hold"
     words += f" after Holm's correction over all {tested} that were tested."
     return words + (f" The other {rest} are exact, or have no interval." if rest else "")
@@ -66,6 +66,13 @@ def fixed_in_words(run: Run) -> str:
     if claims["fixed_before_the_run"]:
         return f"The claims were fixed before the run: SHA-256 {claims['sha256'][:16]}, in the commit below."
     return "Not fixed before the run: no commit holds the claims as they were when it started."
+
+
+def all_fixed_in_words(runs: Sequence[Run]) -> str:
+    """Whether the claims of all runs stood before them."""
+    late = [run.name for run in runs if not run.config["claims"]["fixed_before_the_run"]]
+    words = "Each claim, with the effect that counts as support, was written down before the run that judges it"
+    return words + (f", except those of {', '.join(late)}." if late else ".")
 
 
 def command_of(run: Run) -> str:
@@ -132,6 +139,12 @@ def _named(where: Mapping) -> list[str]:
     return [value if isinstance(value, str) else f"{axis} {value:g}" for axis, value in where.items()]
 
 
+def measured_in_words(run: Run, verdict: Verdict) -> str:
+    """What a claim was measured on."""
+    data = run.config["settings"].get("data")
+    return verdict.criterion + (f" Data: {data}." if data else "")
+
+
 def search_in_words(search: Mapping | None) -> str:
     """What the search tried, the same for every arm."""
     if search is None:
@@ -158,6 +171,14 @@ def interval_in_words(low: float, high: float) -> str:
     return f"{low:.3g} to {high:.3g}" if low == low and high == high else "no interval"
 
 
+def threshold_in_words(verdict: Verdict) -> str:
+    """What would hold: "claimed: above 0.05"."""
+    limit = f"{verdict.threshold:g}"
+    neutral = "1" if verdict.ratio else "0"
+    rules = {"above": f"above {limit}", "below": f"below {limit}", "exact": f"at most {limit}"}
+    return f"claimed: {rules.get(verdict.kind, f'within {limit} of {neutral}')}"
+
+
 def surprises(runs: Sequence[Run]) -> list[tuple[Run, int]]:
     """The claims that failed or held in part: their run and their number in it."""
     return [
@@ -170,11 +191,13 @@ def surprises(runs: Sequence[Run]) -> list[tuple[Run, int]]:
 
 def surprise_in_words(verdict: Verdict) -> str:
     """What did not hold, plainly."""
+    claimed = threshold_in_words(verdict)
     if verdict.outcome == NOT_SUPPORTED:
-        return "Did not hold."
+        return f"Did not hold ({claimed})."
     failing = failing_cells(verdict)
     named = f": {'; '.join(failing[:4])}" + ("; and others" if len(failing) > 4 else "")
-    return f"Held on average, but not for certain in {len(failing)} of {len(verdict.cells)} cells{named}."
+    number = f"{len(failing)} of {len(verdict.cells)} cells"
+    return f"Held on average ({claimed}), but not for certain in {number}{named}."
 
 
 def disputes(runs: Sequence[Run]) -> dict[str, list[tuple[Run, int]]]:
