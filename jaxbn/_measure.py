@@ -9,13 +9,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._arithmetic import at_least_float32, inner, safe_divide, squared, weighted_sum
-from jaxbn._axis_group import AxisGroup, axis_group_of, on_one_device, whole_axes
-from jaxbn._cpu import cpu_sums, on_cpu
+from jaxbn._axis_group import AxisGroup, axis_group_of
+from jaxbn._cpu import Rows, as_they_are, long_rows, on_cpu, unfused
 from jaxbn._inputs import canonical_axes, combined_weights, inexact, size_of
-from jaxbn._moments import Measured, Moments, pool
-
-# One value in so many is measured first, unless there are weights: 1.07 passes over the input in place of 2.
-_SAMPLED = 16
+from jaxbn._moments import Measured, Moments, from_sums, measured_until_kept, unit_of
 
 # By this name the policies of a `jax.checkpoint` know the statistics that derivative rules keep.
 STATISTICS = "jaxbn_statistics"
@@ -32,8 +29,9 @@ def moments(
 ) -> Moments:
     """Count, mean and biased variance of x over `axis`, exact however far the mean lies from zero.
 
-    The values are summed as distances from the mean of a sample of them, in units of their size, so that neither
-    cancellation nor overflow of the squares costs digits (Chan, Golub and LeVeque 1983, section 3).
+    One pass over x where |mean| is at most 2 standard deviations or so; otherwise x is measured again from a shift
+    near its mean, so that neither cancellation nor overflow of the squares costs digits (Chan, Golub and LeVeque 1983,
+    section 3).
 
     Args:
       x: floating or complex array of any shape.
@@ -58,121 +56,109 @@ def moments(
 
 def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], axis_group: AxisGroup) -> Measured:
     """Moments of x over `axes`, its mean as two floats; weights as `combined_weights` makes them."""
-    return axis_group.select_group(measure_groups(x, weights, axes, axis_group))
+    return axis_group.select_group(measure_groups(x, weights, None, axes, axis_group))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def measure_groups(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], axis_group: AxisGroup) -> Measured:
-    """`measure` for every group of shards: [features], or [groups, features]."""
-    return pool_shards(_measure_shard(x, weights, axes), axis_group, equal_counts=weights is None)
+@partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def measure_groups(
+    x: jax.Array,
+    weights: jax.Array | None,
+    guess: jax.Array | None,
+    axes: tuple[int, ...],
+    axis_group: AxisGroup,
+) -> Measured:
+    """`measure` for every group of shards: as `axis_group.psum` gives it.
 
-
-def _measure_shard(x, weights, axes):
-    """Moments of this shard, from the sums of c = x - shift and of |c|**2.
-
-    The shift is the mean of a sample of x. The mean of a share f of all values is within sqrt((1 - f) / f) standard
-    deviations of their mean, whatever they are (Cauchy and Schwarz), so that the sums lose at most 1 / f roundings of
-    the variance. The sample is all of x where there are weights, of which a feature's share is known too late.
+    The guess, a mean near that of x (the running one), saves a pass where the mean is far from zero. It changes
+    roundings only. Shards that share statistics would have to share it: without axis names alone.
     """
-    count = _count(x, weights, axes)
-    mean = _sampled_mean(x, axes) if weights is None else _refined_mean(x, weights, axes, count)
-    # The select also keeps compilers from fusing the division with the addition of shift and offset: the shift that is
-    # added has to be the rounded one that is subtracted.
-    shift = jnp.where(jnp.isfinite(mean), mean, 0)
-    per_unit = _per_unit(shift)
-    first, second = on_cpu(partial(cpu_sums, axes), partial(_sums, axes), x, weights, shift, per_unit)
-    offset, square = safe_divide(first, count), safe_divide(second, count)
-    unit = 1 / per_unit  # Not the square of it, which may overflow.
-    var = jnp.maximum(square - squared(offset * per_unit), 0) * unit * unit
-    mean = shift + offset
-    return Measured(count, mean, (shift - mean) + offset, var)
+    if axis_group.axis_name is not None or weights is not None:
+        guess = None  # Under weights XLA would send the count, the same in both branches, in a collective of its own.
+    if axis_group.branch:
+        return _measure_until_kept(x, weights, guess, axes, axis_group)
+    shifted = partial(_shifted, x, weights, axes, axis_group)
+    mean = shifted(None)[0].mean
+    # Where it can, a compiler fuses the division that made the mean with the addition of an offset to it, and the mean
+    # that is subtracted from x is not the one that is reported. A select stands in its way; a loop does too.
+    return shifted(jnp.where(jnp.isfinite(mean), mean, 0))[0]
 
 
-def _sampled_mean(x, axes):
-    """Mean of a sample; where the first value is as near as roundings are, that: a constant is then exact."""
-    x = at_least_float32(x[sample(x, axes[1:])])
-    mean = safe_divide(jnp.sum(x, axes), jnp.asarray(size_of(x.shape, axes), x.real.dtype))
-    if not on_one_device(x) or size_of(x.shape, axes) == 0:
-        return mean
-    first = x[tuple(0 if axis in axes else slice(None) for axis in range(x.ndim))]
-    return jnp.where(jnp.abs(mean - first) <= 2.0**-20 * jnp.abs(first), first, mean)
+# Compiled once a shape: called op by op, a loop whose body is a new closure would be compiled at every call.
+@partial(jax.jit, static_argnums=(3, 4))
+def _measure_until_kept(x, weights, guess, axes, axis_group) -> Measured:
+    shifted = partial(_shifted, x, weights, axes, axis_group)
+    return measured_until_kept(shifted, _first(shifted, guess))
 
 
-def _refined_mean(x, weights, axes, count):
-    """Weighted mean, and the mean of what is left of it: exact where x is constant."""
-    mean = jnp.zeros((), at_least_float32(x).dtype)
-    for _ in range(2):
-        rest = at_least_float32(x) - (jnp.expand_dims(mean, axes) if mean.ndim else mean)
-        mean = mean + safe_divide(weighted_sum(rest, weights, axes), count)
-        mean = jnp.where(jnp.isfinite(mean), mean, 0)
-    return mean
+def _first(shifted, guess):
+    """Sums from the mean that is guessed: free where the subtraction is fused into the sum.
 
-
-def sample(x: jax.Array, axes: tuple[int, ...]) -> tuple[slice, ...]:
-    """Slices of about a sixteenth of the positions of each example, their axes given; all where there are fewer.
-
-    They stay away from the borders where they can. Examples and what a mesh of explicit axes shards stay whole, sizes
-    that are symbols (`jax.export`) too.
+    On a CPU sums from zero are those that libraries have fastest.
     """
-    whole = [axis for axis in whole_axes(x, axes) if isinstance(x.shape[axis], int)]
-    slices, most = [slice(None)] * x.ndim, _SAMPLED
-    if size_of(x.shape, whole) < most:
-        return tuple(slices)
-    for axis in whole:
-        size = x.shape[axis]
-        stride = min(most, size)
-        slices[axis] = slice((size - 1) % stride // 2, None, stride)
-        most //= stride
-    return tuple(slices)
+    if guess is None:
+        return shifted(None)
+    near = partial(shifted, in_units=False)
+    return lax.platform_dependent(guess, cpu=lambda _: shifted(None), default=near)
 
 
-def pool_shards(m: Measured, axis_group: AxisGroup, *, equal_counts: bool = False) -> Measured:
-    """Moments of every group of shards, from those of this one, in one collective of vectors.
-
-    Args:
-      m: [features] each; the count may be a scalar.
-      axis_group: the shards.
-      equal_counts: whether all shards have the same count, which is then not sent.
-    """
-    if axis_group.axis_name is None:
-        return m
-    m = m._replace(count=jnp.broadcast_to(m.count, m.var.shape))
-    mean, remainder, var, *sent = axis_group.gather((m.mean, m.remainder, m.var) + (m.count,) * (not equal_counts))
-    count = sent[0] if sent else jnp.broadcast_to(m.count, var.shape)
-    return pool(Measured(count, mean, remainder, var), axis_group.shard_axis)
+def _shifted(x, weights, axes, axis_group, shift, in_units=True) -> tuple[Measured, jax.Array]:
+    """Moments from the sums of c and |c|**2 for c = x - shift, and whether they lost too much to be kept."""
+    # The first sums take their chance; done again they are in units of the peak, whose squares cannot overflow.
+    unit = None
+    if shift is not None and in_units:
+        # Tied to what changes from step to step, x is not converted outside of a loop that hardly ever runs.
+        x, _ = lax.optimization_barrier((x, shift))
+        unit = _peak_unit(x, shift, weights, axes, axis_group)
+    count, first, second = _sums(x, shift, unit, weights, axes, axis_group)
+    return from_sums(count, first, second, shift, unit)
 
 
-def _count(x, weights, axes):
-    """How many values, or the sum of their weights: [], or [features]."""
-    dtype = at_least_float32(x).real.dtype
+def _sums(x, shift, unit, weights, axes, axis_group):
+    """Count, sum of c = (x - shift) / unit and of |c|**2, the last two [features], over axes and shards, in one go."""
+    shift, unit = (None if v is None else axis_group.select_group(v) for v in (shift, unit))
+    short = Rows(x.shape, axes)
+    long = long_rows(x, axes) if weights is None else short
+    sums = partial(_local_sums, weights)
+    first, second = on_cpu(partial(sums, long, unfused), partial(sums, short, as_they_are), x, shift, unit)
     if weights is None:
-        return jnp.asarray(size_of(x.shape, axes), dtype)
+        count = jnp.asarray(size_of(x.shape, axes) * axis_group.size(), second.dtype)
+        first, second = axis_group.psum((first, second))
+        return count if axis_group.groups is None else jnp.broadcast_to(count, second.shape), first, second
     count = jnp.sum(weights, axes) * size_of(x.shape, [a for a in axes if weights.shape[a] == 1])
-    return jnp.broadcast_to(count, [size for axis, size in enumerate(x.shape) if axis not in axes]).astype(dtype)
+    count = jnp.broadcast_to(count, second.shape).astype(second.dtype)
+    return axis_group.psum((count, first, second))
 
 
-def _per_unit(shift):
-    """A power of two, 2**-30 over the shift: [features]. What it scales neither overflows nor underflows when squared.
+def _local_sums(weights, rows, separate, x, shift, unit):
+    """Sums of c and |c|**2 over the rows; separate(arrays, number) keeps one sum from sharing them with the other."""
 
-    For c that is not 0 is at least 2**-25 of the shift, by which it was rounded, and may be up to 2**78 of it. Where
-    the shift is 0 c may be from 1e-17 to 1e18.
-    """
-    limits = jnp.finfo(shift.dtype)
-    ratio = 2.0**-30 / jnp.where(shift == 0, 2.0**-22, jnp.abs(shift))
-    return lax.reduce_precision(jnp.clip(ratio, limits.smallest_normal, 1 / limits.smallest_normal), limits.nexp, 0)
+    def deviation(number):
+        part, *vectors = separate((rows.lay(x), shift, unit), number)
+        return _deviation(part, *(None if v is None else rows.broadcast(v) for v in vectors))
+
+    c, again = deviation(1), squared(deviation(2))
+    if weights is None:
+        return rows.sum(c), rows.sum(again)
+    return weighted_sum(c, weights, rows.axes), weighted_sum(again, weights, rows.axes)
 
 
-def _sums(axes, x, weights, shift, per_unit):
-    """Sums of c = x - shift and of |c * per_unit|**2 over `axes`: [features]."""
-    c = at_least_float32(x) - jnp.expand_dims(shift, axes)
-    second = squared(c * jnp.expand_dims(per_unit, axes))
-    return weighted_sum(c, weights, axes), weighted_sum(second, weights, axes)
+def _deviation(x, shift, unit):
+    """(x - shift) / unit."""
+    c = at_least_float32(x) if shift is None else at_least_float32(x) - shift
+    return c if unit is None else c / unit
+
+
+def _peak_unit(x, shift, weights, axes, axis_group):
+    """Power of two near the largest |c| of each feature; the shards' peaks are summed, which bounds their maximum."""
+    c = _deviation(x, jnp.expand_dims(axis_group.select_group(shift), axes), None)
+    size = jnp.abs(c) if weights is None else jnp.where(weights == 0, 0, jnp.abs(c))
+    return unit_of(axis_group.psum(jnp.max(size, axes, initial=0)))
 
 
 @measure_groups.defjvp
 def _measure_jvp(axes, axis_group, primals, tangents):
-    x, weights = primals
-    measured = checkpoint_name(measure_groups(x, weights, axes, axis_group), STATISTICS)
+    x, weights, guess = primals
+    measured = checkpoint_name(measure_groups(x, weights, guess, axes, axis_group), STATISTICS)
     dmean, half_dvar = _mean_tangents(x, weights, measured, tangents[0], axes, axis_group)
     zero_count, zero_remainder = jnp.zeros_like(measured.count), jnp.zeros_like(measured.remainder)
     return measured, Measured(zero_count, dmean, zero_remainder, 2 * half_dvar)

@@ -1,6 +1,7 @@
 """Moments of a set of values, and of several sets put together."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._arithmetic import safe_divide, squared
+from jaxbn._axis_group import AxisGroup
+
+# The largest |mean - shift| / std at which one pass of sums is kept: squaring loses (1 + ratio**2) roundings of var.
+_MAX_RATIO = 2.0
+# Each new shift leaves at most the rounding error of a sum, so the second is exact and the third only a reserve.
+_MAX_SHIFTS = 3
 
 
 class Moments(NamedTuple):
@@ -54,33 +61,61 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 def merge_measured(a: Measured, b: Measured) -> Measured:
     """`merge_moments` for means that are kept as two floats."""
-    # By adding zeros, and not by their shape alone, vectors are sharded alike too on a mesh of explicit axes.
-    zeros = sum(jnp.zeros_like(v.real) for v in (*a, *b))
-    return pool(jax.tree.map(lambda *both: jnp.stack([v + zeros for v in both]), a, b), axis=0)
+    count = a.count + b.count
+    share_a, share_b = safe_divide(a.count, count), safe_divide(b.count, count)
+    gap = (b.mean - a.mean) + (b.remainder - a.remainder)
+    whole = jnp.broadcast_to(share_b == 1, gap.shape)
+    mean = jnp.where(whole, b.mean, a.mean + gap * share_b)
+    remainder = jnp.where(whole, b.remainder, ((a.mean - mean) + gap * share_b) + a.remainder)
+    var = a.var * share_a + b.var * share_b + squared(gap) * share_a * share_b
+    return Measured(count, mean, remainder, var)
 
 
-def pool(m: Measured, axis: int | Sequence[int]) -> Measured:
-    """Moments of all the values behind those along `axis` of m, whose fields have one shape, exactly.
+def pool_moments(m: Measured, axis: int | Sequence[int], axis_group: AxisGroup = AxisGroup()) -> Measured:  # noqa: B008
+    """Moments of many sets put together: those along `axis` of m, and those of all shards; measured as x itself is."""
+    shifted = partial(_shifted_pool, m, axis, axis_group)
+    return measured_until_kept(shifted, shifted(None))
 
-    share_i = n_i / n; mean = sum(share_i mean_i); var = sum(share_i (var_i + |mean_i - mean|**2)) (Chan, Golub and
-    LeVeque 1983, section 2). Distances are taken from the rounded mean first, then from what rounding it lost.
-    """
-    count = jnp.sum(m.count, axis)
-    whole = jnp.expand_dims(count, axis)
-    # By a division alone, which compilers turn into a product, a set with all the values would not stay as it is.
-    share = lax.stop_gradient(jnp.where((m.count == whole) & (whole != 0), 1, safe_divide(m.count, whole)))
-    means = jnp.where(m.count == 0, 0, m.mean)
-    center = lax.stop_gradient(jnp.sum(share * means, axis))
-    center = jnp.where(jnp.isfinite(center), center, 0)  # As in `_measure`: what is subtracted is what is added.
-    c = (means - jnp.expand_dims(center, axis)) + m.remainder
-    offset = jnp.sum(share * c, axis)
-    # In units of the largest, a power of two, squares neither overflow nor underflow. Nothing cancels below, for the
-    # offset is no more than what rounding the center lost.
-    peak = lax.stop_gradient(jnp.max(jnp.maximum(jnp.abs(c), jnp.sqrt(m.var)), axis))
+
+def _shifted_pool(m, axis, axis_group, shift):
+    c = (m.mean if shift is None else m.mean - jnp.expand_dims(shift, axis)) + m.remainder
+    std = jnp.sqrt(m.var)
+    if shift is not None:
+        peak = axis_group.psum(jnp.max(jnp.where(m.count == 0, 0, jnp.maximum(jnp.abs(c), std)), axis))
+        unit = unit_of(peak)
+        c, std = (v / jnp.expand_dims(unit, axis) for v in (c, std))
+    count = jnp.broadcast_to(m.count, std.shape)
+    sums = count, count * c, count * (squared(std) + squared(c))
+    number, first, second = axis_group.psum(jax.tree.map(lambda v: jnp.sum(v, axis), sums))
+    return from_sums(number, first, second, shift, None if shift is None else unit)
+
+
+def measured_until_kept(shifted, first) -> Measured:
+    """shifted(shift) -> (Measured, retry): the first, or one from the mean so far until digits are kept."""
+
+    def again(state):
+        step, (measured, _) = state
+        return step + 1, shifted(measured.mean)
+
+    return lax.while_loop(lambda s: (s[0] < _MAX_SHIFTS) & s[1][1], again, (0, first))[1][0]
+
+
+def from_sums(count, first, second, shift, unit) -> tuple[Measured, jax.Array]:
+    offset, square = safe_divide(first, count), safe_divide(second, count)
+    lost = square > (1 + _MAX_RATIO**2) * (square - squared(offset))
+    var = jnp.maximum(square - squared(offset), 0)
+    if unit is not None:
+        offset, var = offset * unit, var * unit * unit
+    shift = jnp.zeros_like(offset) if shift is None else shift
+    mean = shift + offset
+    # No float lies nearer to the mean than such a shift does.
+    settled = mean == shift
+    retry = jnp.any((lost & ~settled) | jnp.isinf(second))
+    return Measured(count, mean, (shift - mean) + offset, var), retry
+
+
+def unit_of(peak):
+    """Peak rounded to a power of two whose reciprocal is a normal number too."""
     limits = jnp.finfo(peak.dtype)
-    unit = lax.reduce_precision(jnp.clip(peak, limits.smallest_normal, 1 / limits.smallest_normal), limits.nexp, 0)
-    per_unit = jnp.expand_dims(1 / unit, axis)
-    square = jnp.sum(share * (m.var * per_unit * per_unit + squared(c * per_unit)), axis)
-    var = (square - squared(offset / unit)) * unit * unit
-    mean = center + offset
-    return Measured(count, mean, (center - mean) + offset, var)
+    peak = jnp.clip(peak, limits.smallest_normal, 1 / limits.smallest_normal)
+    return lax.reduce_precision(peak, limits.nexp, 0)

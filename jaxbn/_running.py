@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxbn._axis_group import AxisGroup
-from jaxbn._moments import Measured, Moments, pool
+from jaxbn._moments import Measured, Moments, pool_moments
 
 BatchStats = dict[str, jax.Array]
 
@@ -114,7 +114,7 @@ def over_all_groups(rows: Measured, axis_group: AxisGroup) -> Measured:
       rows: as `AxisGroup.psum` gives them: with groups [groups, features].
       axis_group: the groups.
     """
-    return rows if axis_group.groups is None else pool(rows, 0)
+    return rows if axis_group.groups is None else pool_moments(rows, 0)
 
 
 def running_moments(batch_stats: BatchStats, *, debias: bool = False) -> tuple[jax.Array, jax.Array]:

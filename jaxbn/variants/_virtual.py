@@ -111,7 +111,8 @@ def virtual_batch_norm(
         if whole_axes(x, (0,)):
             return measure(x[:reference_size], _part(weights, slice(reference_size)), axes, axis_group)
         # A mesh of explicit axes shards the examples, which cannot be sliced then: the others get no weight.
-        first = (jnp.arange(x.shape[0]) < reference_size).reshape((-1,) + (1,) * (x.ndim - 1)).astype(x.real.dtype)
+        place = lax.broadcasted_iota(jnp.int32, x.shape, 0, out_sharding=jax.typeof(x).sharding)
+        first = (place < reference_size).astype(at_least_float32(x).real.dtype)
         return measure(x, first if weights is None else first * weights, axes, axis_group)
 
     def _standardize(x, weights, reference, references):

@@ -110,7 +110,7 @@ def whitening_norm(
         if train:
             axes = reduced_axes(x.ndim, feature_axis)
             check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
-            rows = measure_groups(x, weights, axes, axis_group)
+            rows = measure_groups(x, weights, None, axes, axis_group)
             c = silenced(centered(x, axis_group.select_group(rows), axes), weights)
             covariances = _covariances(c, weights, rows.count)
             whitening = _inverse_root(axis_group.select_group(covariances))
