@@ -61,7 +61,7 @@ class Spectrum(NamedTuple):
           [points], the mean of all probes.
         """
         points = vector_of(points, "points")
-        kernels = jax.scipy.stats.norm.pdf(points, self.values[..., None], width)
+        kernels = jax.scipy.stats.norm.pdf(points[None, None], self.values[..., None], width)
         return jnp.mean(jnp.sum(self.weights[..., None] * kernels, axis=1), axis=0)
 
 
@@ -100,8 +100,8 @@ def spectrum(
 
     Stochastic Lanczos quadrature as in Ghorbani, Krishnan and Xiao 2019, section 2. Every new vector is made
     orthogonal to all before it, twice. Costs `probes * iterations` Hessian-vector products, one after the other, and
-    memory for `iterations + 1` copies of the params. A loss in training mode is differentiated through the statistics of
-    its batch; one in evaluation mode has frozen statistics, which is the control of Page 2019.
+    memory for `iterations + 1` copies of the params. A loss in training mode is differentiated through the statistics
+    of its batch; one in evaluation mode has frozen statistics, which is the control of Page 2019.
 
     Args:
       loss: loss(variables, batch, rng) -> LossOutput; see `jaxbn.diagnostics`. For more data than fits see
