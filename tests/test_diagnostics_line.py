@@ -86,7 +86,7 @@ def test_functions_with_a_reverse_rule_alone_have_all_orders():
     def cube(w):
         return jnp.sum(w**3)
 
-    cube.defvjp(lambda w: (cube(w), w), lambda w, g: (3 * g * w**2,))
+    cube.defvjp(lambda w: (jnp.sum(w**3), w), lambda w, g: (3 * g * w**2,))
 
     def loss(variables, batch, rng):
         return LossOutput(cube(variables["params"]), 1, {})

@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
+from jaxbn._arithmetic import at_least_float32
 from jaxbn.diagnostics._network import (
     Loss,
     Variables,
@@ -129,14 +130,15 @@ def spectrum(
 @partial(jax.jit, static_argnames="loss")
 def _product(loss, variables, batch, vector, rng) -> Any:
     gradient = jax.grad(loss_of_params(loss, variables, batch, rng))
+    vector = jax.tree.map(lambda v, w: jnp.asarray(v, w.dtype), vector, variables["params"])
     return jax.jvp(gradient, (variables["params"],), (vector,))[1]
 
 
 @partial(jax.jit, static_argnames=("loss", "iterations"))
 def _spectrum(loss, variables, batch, keys, iterations, rng) -> Spectrum:
-    params, unravel = ravel_pytree(variables["params"])
-    mean = loss_of_params(loss, variables, batch, rng)
-    gradient = jax.grad(lambda flat: mean(unravel(flat)))
+    narrow, unravel = ravel_pytree(variables["params"])
+    mean, params = loss_of_params(loss, variables, batch, rng), at_least_float32(narrow)
+    gradient = jax.grad(lambda flat: mean(unravel(flat.astype(narrow.dtype))))
 
     def product(vector):
         return jax.jvp(gradient, (params,), (vector,))[1]
