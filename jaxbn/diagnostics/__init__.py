@@ -23,8 +23,8 @@ of each layer, and goes on with what it gets back:
 of its call.
 
 Everything but `train_eval_gap`, which reads many batches, is one compiled, pure function: it can stand inside of `jit`,
-`vmap` and `scan`. Functions are compiled once for each loss: pass the same function again, not a new lambda. Results
-are NamedTuples of arrays.
+`vmap` and `scan`. They are compiled once for each loss (and optimizer): pass the same function again, not a new lambda.
+Results are NamedTuples of arrays.
 """
 
 from jaxbn.diagnostics._covariate_shift import GradientShift, InputShift, covariate_shift, gradient_shift

@@ -111,8 +111,8 @@ def gradient_shift(
     """Internal covariate shift as optimization sees it (Santurkar et al. 2018, definition 2.1).
 
     Of layer i it compares the gradient by its params W_i at (W_1, ..., W_k) with that at (W_1', ..., W_(i-1)', W_i,
-    ..., W_k), the layers below it moved. The first layer has none below: its distance is 0. Takes one gradient more
-    than there are layers, one after the other.
+    ..., W_k), the layers below it moved. The first layer has none below: its distance is 0, but for rounding. Takes one
+    gradient more than there are layers, one after the other.
 
     Args:
       loss: loss(variables, batch, rng) -> LossOutput; see `jaxbn.diagnostics`.
@@ -167,16 +167,19 @@ def _gradient_shift(loss, before, after, batch, owners, layers, rng) -> Gradient
         pairs = zip(leaves, jax.tree.leaves(after), owners, strict=True)
         mixed = [jnp.where(owner < layer, new, old).astype(old.dtype) for old, new, owner in pairs]
         moved = jax.tree.leaves(gradient(jax.tree.unflatten(treedef, mixed)))
-        terms = [
-            jnp.stack([leaf_dot(g - h, g - h), leaf_dot(g, h), leaf_dot(g, g), leaf_dot(h, h)])
-            for g, h in zip(unmoved, moved, strict=True)
-        ]
+        terms = jnp.stack([_products(g, h) for g, h in zip(unmoved, moved, strict=True)])
         own = jnp.asarray(owners)[:, None] == layer
-        return jnp.sum(jnp.where(own, jnp.stack(terms), 0), axis=0)
+        return jnp.sum(jnp.where(own, terms, 0), axis=0)
 
     distance, products, before_square, after_square = lax.map(of_layer, jnp.arange(layers)).T
     norm, norm_after = jnp.sqrt(before_square), jnp.sqrt(after_square)
     return GradientShift(jnp.sqrt(distance), cosine(products, norm, norm_after), norm, norm_after)
+
+
+def _products(g: Array, h: Array) -> Array:
+    """[4]: |g - h|^2, g.h, |g|^2 and |h|^2."""
+    g, h = at_least_float32(g), at_least_float32(h)
+    return jnp.stack([leaf_dot(g - h, g - h), leaf_dot(g, h), leaf_dot(g, g), leaf_dot(h, h)])
 
 
 def _owners(paths: list[str], layers: Sequence[str | Sequence[str]]) -> tuple[int, ...]:

@@ -95,9 +95,9 @@ def checked_variables(variables: Any, name: str = "variables") -> Variables:
 
 def check_alike(tree: Any, name: str, expected: Any, expected_name: str) -> None:
     """ValueError where two trees differ in structure or shapes."""
-    structures = jax.tree.structure(tree), jax.tree.structure(expected)
-    if structures[0] != structures[1]:
-        raise ValueError(f"{name} has structure {structures[0]}; expected that of {expected_name}: {structures[1]}.")
+    got, wanted = str(jax.tree.structure(tree)), str(jax.tree.structure(expected))
+    if got != wanted:
+        raise ValueError(f"{name} has structure {got}; expected that of {expected_name}: {wanted}.")
     for (path, leaf), like in zip(named_leaves(tree).items(), jax.tree.leaves(expected), strict=True):
         if jnp.shape(leaf) != jnp.shape(like):
             raise ValueError(

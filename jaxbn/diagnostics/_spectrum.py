@@ -10,6 +10,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
+from jaxbn._arithmetic import at_least_float32
 from jaxbn.diagnostics._network import (
     Loss,
     Variables,
@@ -61,7 +62,7 @@ class Spectrum(NamedTuple):
           [points], the mean of all probes.
         """
         points = vector_of(points, "points")
-        kernels = jax.scipy.stats.norm.pdf(points, self.values[..., None], width)
+        kernels = jax.scipy.stats.norm.pdf(points[None, None], self.values[..., None], width)
         return jnp.mean(jnp.sum(self.weights[..., None] * kernels, axis=1), axis=0)
 
 
@@ -100,8 +101,8 @@ def spectrum(
 
     Stochastic Lanczos quadrature as in Ghorbani, Krishnan and Xiao 2019, section 2. Every new vector is made
     orthogonal to all before it, twice. Costs `probes * iterations` Hessian-vector products, one after the other, and
-    memory for `iterations + 1` copies of the params. A loss in training mode is differentiated through the statistics of
-    its batch; one in evaluation mode has frozen statistics, which is the control of Page 2019.
+    memory for `iterations + 1` copies of the params. A loss in training mode is differentiated through the statistics
+    of its batch; one in evaluation mode has frozen statistics, which is the control of Page 2019.
 
     Args:
       loss: loss(variables, batch, rng) -> LossOutput; see `jaxbn.diagnostics`. For more data than fits see
@@ -129,14 +130,15 @@ def spectrum(
 @partial(jax.jit, static_argnames="loss")
 def _product(loss, variables, batch, vector, rng) -> Any:
     gradient = jax.grad(loss_of_params(loss, variables, batch, rng))
+    vector = jax.tree.map(lambda v, w: jnp.asarray(v, w.dtype), vector, variables["params"])
     return jax.jvp(gradient, (variables["params"],), (vector,))[1]
 
 
 @partial(jax.jit, static_argnames=("loss", "iterations"))
 def _spectrum(loss, variables, batch, keys, iterations, rng) -> Spectrum:
-    params, unravel = ravel_pytree(variables["params"])
-    mean = loss_of_params(loss, variables, batch, rng)
-    gradient = jax.grad(lambda flat: mean(unravel(flat)))
+    narrow, unravel = ravel_pytree(variables["params"])
+    mean, params = loss_of_params(loss, variables, batch, rng), at_least_float32(narrow)
+    gradient = jax.grad(lambda flat: mean(unravel(flat.astype(narrow.dtype))))
 
     def product(vector):
         return jax.jvp(gradient, (params,), (vector,))[1]

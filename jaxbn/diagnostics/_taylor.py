@@ -102,7 +102,9 @@ def _taylor(loss, variables, batch, rates, orders, direction, rng) -> Taylor:
     def slope(rate):
         return (dot(jax.grad(mean)(add_scaled(params, rate, direction)), direction),)
 
-    derivatives = _derivatives(slope, orders - 1)(jnp.zeros((), rates.dtype))
+    derivatives = [dot(gradient, direction)]
+    if orders > 1:
+        derivatives += _derivatives(slope, orders - 1)(jnp.zeros((), rates.dtype))[1:]
     terms, factor = [], jnp.ones_like(rates)
     for order, derivative in enumerate(derivatives, start=1):
         factor = factor * rates / order

@@ -16,8 +16,8 @@ def add_scaled(tree: Any, factor: ArrayLike, direction: Any) -> Any:
 
 
 def subtract(a: Any, b: Any) -> Any:
-    """`a - b`, leaf by leaf."""
-    return jax.tree.map(jnp.subtract, a, b)
+    """`a - b`, leaf by leaf, in float32 at least."""
+    return jax.tree.map(lambda x, y: at_least_float32(x) - at_least_float32(y), a, b)
 
 
 def dot(a: Any, b: Any) -> Array:
