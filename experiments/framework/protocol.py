@@ -61,7 +61,9 @@ def chosen(grid: Grid, rows: Sequence[Mapping]) -> list[dict[str, Any]]:
     assert grid.search is not None
     found = []
     for program in programs_of(grid):
-        own = next((row["runs"] for row in rows if row.get("stage") == program_name(program) and "runs" in row), [])
+        own: list[dict] = next(
+            (row["runs"] for row in rows if row.get("stage") == program_name(program) and "runs" in row), []
+        )
         cells = {tuple(run[axis] for axis in grid.runs): run[grid.search.axis] for run in own}
         for place, value in cells.items():
             found.append({"where": {**program, **dict(zip(grid.runs, place, strict=True))}, "value": value})

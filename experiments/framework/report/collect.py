@@ -93,8 +93,9 @@ def _read(directory: Path) -> Run | LeftOut:
         words = str(error).replace(f"{directory}/", "").replace(str(directory), "it")
         return LeftOut(directory.name, words)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        words = f"config.json or summary.json is not as a run writes it today ({type(error).__name__}: {error})"
-        return LeftOut(directory.name, f"{words}: run the experiment again")
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        words = f"config.json or summary.json is not as a run writes it today ({why}): run the experiment again"
+        return LeftOut(directory.name, words)
 
 
 def read_run(directory: Path) -> Run:

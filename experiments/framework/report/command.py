@@ -33,7 +33,7 @@ def check(results: Path = RESULTS, readme: Path | None = README) -> list[str]:
     troubles = collection.troubles
     for path, text in files_of(collection, results, readme).items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
-            troubles.append(f"{path.name} is not what the results say: run python -m experiments report.")
+            troubles.append(f"{path} is not what the results say: run python -m experiments report.")
     return troubles
 
 
