@@ -9,6 +9,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._affine import Activation, Initializer, affine_of, scale_shift
+from jaxbn._arithmetic import at_least_float32
 from jaxbn._axis_group import axis_group_of, whole_axes
 from jaxbn._checks import checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
