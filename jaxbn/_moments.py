@@ -64,7 +64,8 @@ def merge_measured(a: Measured, b: Measured) -> Measured:
     count = a.count + b.count
     share_a, share_b = safe_divide(a.count, count), safe_divide(b.count, count)
     gap = (b.mean - a.mean) + (b.remainder - a.remainder)
-    whole = jnp.broadcast_to(share_b == 1, gap.shape)
+    # By adding zeros, and not by its shape alone, it is sharded as the gap is on a mesh of explicit axes.
+    whole = share_b + jnp.zeros_like(gap.real) == 1
     mean = jnp.where(whole, b.mean, a.mean + gap * share_b)
     remainder = jnp.where(whole, b.remainder, ((a.mean - mean) + gap * share_b) + a.remainder)
     var = a.var * share_a + b.var * share_b + squared(gap) * share_a * share_b
