@@ -302,6 +302,18 @@ def test_over_batches_normalizes_each_batch_by_itself():
     np.testing.assert_allclose(both, np.mean(alone, axis=0), rtol=ROUNDING)
 
 
+def test_over_batches_draws_anew_for_each_batch_and_the_same_at_each_point():
+    def noise(variables, batch, rng):
+        drawn = jax.random.normal(rng) + 0 * variables["params"]
+        return LossOutput(drawn, 1, {}, {"square": drawn**2})
+
+    many = diagnostics.over_batches(noise)
+    output = many({"params": 0.0}, jnp.zeros((50, 1)), jax.random.key(0))
+    assert 0.5 < output.metric_sums["square"] / 50 - (output.loss_sum / 50) ** 2 < 1.5  # the variance is 1 +- 0.2
+    found = diagnostics.landscape(many, {"params": jnp.ones(())}, jnp.zeros((50, 1)), rates=[0.0, 0.1])
+    np.testing.assert_allclose(found.loss, found.loss_here, rtol=ROUNDING)
+
+
 def test_over_batches_refuses_leaves_of_unequal_length():
     with pytest.raises(ValueError, match="as many batches in all"):
         diagnostics.over_batches(weighted)({"params": 0}, {"x": np.ones((3, 1)), "y": np.ones(2)}, None)

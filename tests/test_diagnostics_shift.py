@@ -73,9 +73,9 @@ def test_leading_axes_count_as_examples():
 
 
 def product(variables, batch, rng):
-    """`a . (b * c)` of three layers with two weights each."""
-    params = variables["params"]
-    return LossOutput(params["a"] @ (params["b"]["x"] * params["c"]["x"]), 1, {})
+    """`a . (b * c) + (a.a + b.b + c.c) / 2` of three layers with two weights each."""
+    a, b, c = jax.tree.leaves(variables["params"])
+    return LossOutput(a @ (b * c) + 0.5 * (a @ a + b @ b + c @ c), 1, {})
 
 
 BEFORE = {"a": jnp.array([1.0, 2.0]), "b": {"x": jnp.array([3.0, -1.0])}, "c": {"x": jnp.array([0.5, 1.0])}}
@@ -85,8 +85,9 @@ AFTER = {"a": jnp.array([2.0, 2.0]), "b": {"x": jnp.array([1.0, -1.0])}, "c": {"
 @pytest.mark.parametrize("layers", [("a", "b", "c"), (["a"], ("b/x",), "c")])
 def test_gradients_of_a_product_shift_with_the_layers_below(layers):
     found = gradient_shift(product, {"params": BEFORE}, AFTER, None, layers=layers)
-    old = [np.array(v) for v in ([1.5, -1.0], [0.5, 2.0], [3.0, -2.0])]  # b c, a c, a b
-    new = [np.array(v) for v in ([1.5, -1.0], [1.0, 2.0], [2.0, -2.0])]  # b c, a' c, a' b'
+    own = np.stack(jax.tree.leaves(BEFORE))
+    old = np.array([[1.5, -1.0], [0.5, 2.0], [3.0, -2.0]]) + own  # b c, a c, a b
+    new = np.array([[1.5, -1.0], [1.0, 2.0], [2.0, -2.0]]) + own  # b c, a' c, a' b'
     np.testing.assert_allclose(found.norm, np.linalg.norm(old, axis=1), rtol=ROUNDING)
     np.testing.assert_allclose(found.norm_after, np.linalg.norm(new, axis=1), rtol=ROUNDING)
     np.testing.assert_allclose(found.distance, np.linalg.norm(np.subtract(new, old), axis=1), rtol=ROUNDING)
@@ -97,7 +98,7 @@ def test_gradients_of_a_product_shift_with_the_layers_below(layers):
 def test_layers_run_from_the_input_in_the_order_given():
     found = gradient_shift(product, {"params": BEFORE}, AFTER, None, layers=("c", "b", "a"))
     assert found.distance[0] == 0
-    np.testing.assert_allclose(found.norm_after[2], np.linalg.norm([9.0, -9.0]), rtol=ROUNDING)  # b' c'
+    np.testing.assert_allclose(found.norm_after[2], np.linalg.norm([9.0 + 1, -9.0 + 2]), rtol=ROUNDING)  # b' c' + a
 
 
 def test_a_layer_above_batch_norm_does_not_notice_the_scale_of_those_below():
