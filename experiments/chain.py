@@ -11,9 +11,7 @@ every figure is the median over its draws, or a share of them, in float64. Then 
 way of `CHANGES`, and h and h_hat are looked at before and after, also in float32 with the library's default epsilon.
 Trial runs on other draws had shown the orders of magnitude, and that an epsilon of 1e-100 is not negligible.
 
-    python -m experiments run chain
-
-takes about a minute on two cores.
+`python -m experiments run chain` takes about a minute on two cores.
 """
 
 from collections.abc import Callable, Iterator

@@ -13,9 +13,18 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
 import jax
+import numpy as np
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "jaxbn", deadline=None, derandomize=True, max_examples=25, print_blob=True, database=None
 )
 hypothesis.settings.load_profile("jaxbn")
+
+
+@pytest.fixture(autouse=True)
+def draws_of_its_own(request):
+    """Start a module's generator anew for each test, which then draws the same alone and among others."""
+    if hasattr(request.module, "RNG"):
+        request.module.RNG = np.random.default_rng(0)

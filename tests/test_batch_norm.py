@@ -123,28 +123,6 @@ def test_initializers_and_param_dtype_are_used():
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_init_from_shape_equals_init_from_array(options):
-    x, norm = draw(8, 5), batch_norm(**OPTIONS[options])
-    chex.assert_trees_all_equal(norm.init(KEY, x), norm.init(KEY, jax.ShapeDtypeStruct(x.shape, x.dtype)))
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_both_modes_return_the_same_structure(options):
-    x, norm = draw(8, 5), batch_norm(**OPTIONS[options])
-    variables = norm.init(KEY, x)
-    shapes = [jax.eval_shape(lambda v, x, t=t: norm.apply(v, x, train=t), variables, x) for t in (True, False)]
-    chex.assert_trees_all_equal_shapes_and_dtypes(*shapes)
-    chex.assert_trees_all_equal_shapes_and_dtypes(shapes[0][1], variables["batch_stats"])
-
-
-@pytest.mark.parametrize("options", OPTIONS)
-def test_evaluation_returns_the_statistics_as_they_came(options):
-    x, norm = draw(8, 5), batch_norm(**OPTIONS[options])
-    variables = trained(norm, x)
-    chex.assert_trees_all_equal(norm.apply(variables, x, train=False)[1], variables["batch_stats"])
-
-
-@pytest.mark.parametrize("options", OPTIONS)
 def test_nothing_is_mutated(options):
     x, norm = draw(8, 5), batch_norm(**OPTIONS[options])
     variables = trained(norm, x)
@@ -157,17 +135,6 @@ def test_nothing_is_mutated(options):
     }
     for collection, entries in before.items():
         assert all(variables[collection][name] is value for name, value in entries.items())
-
-
-@pytest.mark.parametrize(("options", "mode"), [*((name, True) for name in OPTIONS), ("defaults", False)])
-def test_second_call_does_not_retrace(options, mode):
-    x, norm = draw(8, 5), batch_norm(**OPTIONS[options])
-    variables = norm.init(KEY, x)
-    chex.clear_trace_counter()
-    apply = jax.jit(chex.assert_max_traces(lambda v, x: norm.apply(v, x, train=mode), n=1))
-    for _ in range(2):
-        _, stats = apply(variables, draw(8, 5))
-        variables = {**variables, "batch_stats": stats}
 
 
 def test_second_eager_call_compiles_nothing():
@@ -196,30 +163,6 @@ class TestTransformations(chex.TestCase):
         variables = trained(norm, x)
         actual = self.variant(lambda v, x: norm.apply(v, x, train=True))(variables, x)
         chex.assert_trees_all_close(actual, train(norm, variables, x), **SAME)
-
-    def test_statistics_are_a_scan_carry(self):
-        x, norm = draw(4, 8, 5), batch_norm(debias=True)
-        variables = norm.init(KEY, x[0])
-
-        def step(stats, x):
-            y, stats = norm.apply({**variables, "batch_stats": stats}, x, train=True)
-            return stats, y
-
-        stats, ys = jax.jit(lambda s: jax.lax.scan(step, s, x))(variables["batch_stats"])
-        looped = variables["batch_stats"]
-        for i, row in enumerate(x):
-            y, looped = train(norm, {**variables, "batch_stats": looped}, row)
-            chex.assert_trees_all_close(ys[i], y, **SAME)
-        chex.assert_trees_all_close(stats, looped, **SAME)
-
-    def test_vmap_over_networks_equals_a_loop(self):
-        norm, x = batch_norm(), draw(3, 8, 5)
-        keys = jax.random.split(KEY, 3)
-        variables = jax.vmap(norm.init)(keys, x)
-        y, stats = jax.jit(jax.vmap(lambda v, x: norm.apply(v, x, train=True)))(variables, x)
-        for i in range(3):
-            expected = train(norm, jax.tree.map(lambda v, i=i: v[i], variables), x[i])
-            chex.assert_trees_all_close((y[i], jax.tree.map(lambda v, i=i: v[i], stats)), expected, **SAME)
 
     def test_checkpoint_gives_the_same_gradient(self):
         x, norm = draw(8, 5), batch_norm(activation=jax.nn.silu)
@@ -262,8 +205,10 @@ def test_output_has_mean_bias_and_deviation_scale():
 def test_shift_and_positive_scale_of_the_input_drop_out():
     x, norm = draw(64, 5), batch_norm(epsilon=0.0)
     variables = trained(norm, x)
-    # Powers of two and a shift by an eighth: the changed input is the exact image, but for its last digits.
+    # A scale that is a power of two changes no digit; a shift costs x roundings of its new size.
     chex.assert_trees_all_close(train(norm, variables, x)[0], train(norm, variables, 16 * x)[0], **SAME)
+    shifted = train(norm, variables, x + np.float32(0.125))[0]
+    chex.assert_trees_all_close(train(norm, variables, x)[0], shifted, rtol=1e-5, atol=1e-5)
 
 
 def test_epsilon_stands_inside_the_square_root():
