@@ -9,8 +9,8 @@ seed start from the same weights and see the same batches.
 The loss is the exercise's own and an unusual choice for exclusive classes. The preset `softmax` is `cpu` with the
 usual one in its place: it asks whether the claim hangs on that choice.
 
-`python -m experiments run deep_conv` takes a quarter of an hour on two cores (800 steps, 6 seeds, 5,000 digits). Going by
-three earlier seeds, the claims need 4 and 26 seeds with sigmoid, 3 and 6 with softmax; the result's seeds are fresh.
+`python -m experiments run deep_conv` takes a quarter of an hour on two cores (800 steps, 6 seeds, 5,000 digits). By
+three earlier seeds the claims need 4 and 26 seeds with sigmoid, 3 and 6 with softmax; the result's seeds are fresh.
 """
 
 from dataclasses import dataclass
