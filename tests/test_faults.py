@@ -109,7 +109,7 @@ def test_a_terminal_without_all_characters_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", stream)
     assert main([*COMMAND, str(tmp_path / "r\u00e9sultats")]) == 0
     stream.flush()
-    assert rb"r\xe9sultats" in stream.buffer.getvalue()
+    assert rb"r\xe9sultats" in stream.buffer.getvalue().replace(b"\n", b"")  # Long lines are wrapped.
 
 
 def test_a_name_that_is_not_utf_8_is_no_error(tmp_path):
