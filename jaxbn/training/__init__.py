@@ -14,6 +14,9 @@ the mean loss of all examples that count, on however many devices they lie.
     for batch in batches:
         state, metrics = step(state, shard_batch(batch, mesh), rng)
 
+Where one processor plays several devices, wait for each step, as `float(metrics["loss"])` does: XLA ends a process
+whose devices do not meet in time.
+
 Under `jit_step` the loss sees the whole batch and normalizers have no axis_name; under `shard_map_step` and
 `pmap_step` it sees one shard, and returns sums over the examples of that shard.
 
