@@ -72,7 +72,7 @@ def merge_measured(a: Measured, b: Measured) -> Measured:
     return Measured(count, mean, remainder, var)
 
 
-def pool_moments(m: Measured, axis: int | Sequence[int], axis_group: AxisGroup = AxisGroup()) -> Measured:  # noqa: B008
+def pool_moments(m: Measured, axis: int | Sequence[int], axis_group: AxisGroup) -> Measured:
     """Moments of many sets put together: those along `axis` of m, and those of all shards; measured as x itself is."""
     shifted = partial(_shifted_pool, m, axis, axis_group)
     return measured_until_kept(shifted, shifted(None))

@@ -114,7 +114,7 @@ def over_all_groups(rows: Measured, axis_group: AxisGroup) -> Measured:
       rows: as `AxisGroup.psum` gives them: with groups [groups, features].
       axis_group: the groups.
     """
-    return rows if axis_group.groups is None else pool_moments(rows, 0)
+    return rows if axis_group.groups is None else pool_moments(rows, 0, AxisGroup())
 
 
 def running_moments(batch_stats: BatchStats, *, debias: bool = False) -> tuple[jax.Array, jax.Array]:

@@ -90,7 +90,7 @@ def reference(x, dy=None, scale=None, bias=None, *, axis, epsilon=1e-5, where=No
         dscale=absolute[1] + constant * _sum(np.abs(dy), axis),
         dbias=absolute[0],
     )
-    squeeze = lambda name, v: v if name in ("y", "dx") else np.squeeze(v, axis)  # noqa: E731
+    squeeze = lambda name, v: v if name in ("y", "dx") else np.squeeze(v, axis)
     return (
         Reference(*(squeeze(name, v) for name, v in exact._asdict().items())),
         Reference(*(np.broadcast_to(np.squeeze(v, axis), np.squeeze(mean, axis).shape) for v in sizes)),

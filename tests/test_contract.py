@@ -107,7 +107,7 @@ def observed(name):
     def program(state, x, other):
         stats, xs = r.variables["batch_stats"], jnp.stack([x, other])
         parts = jax.tree.map(lambda v: v.reshape(2, -1, *v.shape[1:]), (x, per_example))
-        masked = lambda x: train(stats, x, where=WHERE)  # noqa: E731
+        masked = lambda x: train(stats, x, where=WHERE)
         return {
             "evaluated": r.norm.apply(r.variables, x, train=False, **r.arguments),
             "scanned": jax.lax.scan(lambda s, x: train(s, x)[::-1], stats, xs),
@@ -247,7 +247,7 @@ def test_derivatives_agree_with_each_other_and_with_differences(name):
             return jnp.sum(y * dy)
 
         def all_ways(point, direction):
-            along = lambda step: loss(*jax.tree.map(lambda p, d: p + step * d, point, direction))  # noqa: E731
+            along = lambda step: loss(*jax.tree.map(lambda p, d: p + step * d, point, direction))
             forward = jax.jvp(loss, point, direction)[1]
             reverse = _along(direction, jax.grad(jax.checkpoint(loss), (0, 1))(*point))
             after, before = jax.lax.map(along, jnp.array([1e-6, -1e-6]))

@@ -39,7 +39,7 @@ def observed(name, dtype):
     """y and the gradients by params and x, [kinds, ...] each."""
     norm, arguments = ready(name).norm, CASES[name].arguments
     with jax.enable_x64(dtype == np.float64):
-        wide = lambda v: jnp.asarray(v, dtype if np.asarray(v).dtype == np.float32 else np.asarray(v).dtype)  # noqa: E731
+        wide = lambda v: jnp.asarray(v, dtype if np.asarray(v).dtype == np.float32 else np.asarray(v).dtype)
         variables, dy = jax.tree.map(wide, jax.device_get((ready(name).variables, draw(7))))
 
         def loss(params, x):
@@ -47,7 +47,7 @@ def observed(name, dtype):
             return jnp.sum(y * dy), y
 
         gradient = jax.grad(loss, (0, 1), has_aux=True)
-        each = lambda xs: jax.lax.map(functools.partial(gradient, variables["params"]), xs)  # noqa: E731
+        each = lambda xs: jax.lax.map(functools.partial(gradient, variables["params"]), xs)
         return jax.device_get(jax.jit(each, compiler_options=QUICK)(wide(inputs())))
 
 

@@ -90,7 +90,7 @@ def searched(peaks, values=(1.0, 2.0, 4.0), extensions=2):
     def train(stage, program, runs):
         trials.append((stage, program["arm"], sorted({run["rate"] for run in runs})))
         assert {run["seed"] for run in runs} == {FIRST_SEED, FIRST_SEED + 1}
-        score = lambda run, step: -abs(np.log2(run["rate"]) - np.log2(peaks[program["arm"]]))  # noqa: E731
+        score = lambda run, step: -abs(np.log2(run["rate"]) - np.log2(peaks[program["arm"]]))
         return list(rows_of(stage, runs, score))
 
     return search(grid, train), trials

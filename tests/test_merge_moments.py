@@ -14,12 +14,12 @@ from jaxbn import Moments
 merge_moments = jax.jit(jaxbn.merge_moments)
 moments = jax.jit(jaxbn.moments, static_argnames=("axis",))
 FEATURES = 3
-real = lambda low, high: st.floats(low, high, width=32)  # noqa: E731
+real = lambda low, high: st.floats(low, high, width=32)
 
 
 @st.composite
 def any_moments(draw):
-    values = lambda low, high: np.array(  # noqa: E731
+    values = lambda low, high: np.array(
         draw(st.lists(real(low, high), min_size=FEATURES, max_size=FEATURES)), np.float32
     )
     count = np.array(draw(st.lists(st.integers(0, 1000), min_size=FEATURES, max_size=FEATURES)), np.float32)

@@ -117,12 +117,12 @@ def test_nothing_more_is_sent():
 @pytest.mark.parametrize("block", [bench_memory.convolve_first, bench_memory.norm_first])
 def test_a_loop_with_the_fused_norm_takes_less_than_with_norm_and_relu_apart(block):
     fused, bare = (temporary(name, block, False) for name in (FUSED, BARE))
-    assert fused < bare
+    assert fused < 0.95 * bare  # 15 activations against 16.5.
 
 
 def test_a_loop_that_carries_the_norms_input_takes_less_under_the_policy():
     block = bench_memory.norm_first
-    assert temporary(FUSED, block, True) < 0.8 * temporary(FUSED, block, False)
+    assert temporary(FUSED, block, True) < 0.65 * temporary(FUSED, block, False)  # 9 against 15.
 
 
 def temporary(name, block, checkpointed):

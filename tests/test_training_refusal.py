@@ -41,7 +41,7 @@ CAUSES = {
 
 def odd_optimizer():
     """Gradient descent that gives NaN for large gradients: a defect of the optimizer's own."""
-    update = lambda g, state, params: (jax.tree.map(lambda g: jnp.where(jnp.abs(g) > 1, jnp.nan, -g), g), state)  # noqa: E731
+    update = lambda g, state, params: (jax.tree.map(lambda g: jnp.where(jnp.abs(g) > 1, jnp.nan, -g), g), state)
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 

@@ -151,7 +151,7 @@ def test_statistics_are_pooled_over_shards_of_the_reduced_axis(build, over):
     params = {} if over == 3 else in_training(build(), X)["params"]
     options = {"use_scale": False} | ({"use_bias": False} if build is variants.layer_norm else {})
     plain, pooled = (build(axis_name=name, **(options if over == 3 else {})) for name in (None, "shards"))
-    apply = lambda norm, x: norm.apply({"params": params, "batch_stats": {}}, x, train=True)[0]  # noqa: E731
+    apply = lambda norm, x: norm.apply({"params": params, "batch_stats": {}}, x, train=True)[0]
     parts = jnp.stack(jnp.split(X, {3: 2, 2: 5, 1: 3}[over], axis=over))
 
     @functools.partial(jax.jit, compiler_options=QUICK)

@@ -33,7 +33,7 @@ def test_frozen_training_is_evaluation():
 def test_params_are_frozen_by_choice(freeze_params):
     norm = variants.frozen(jaxbn.batch_norm(), freeze_params=freeze_params)
     variables = in_training(norm, X)
-    loss = lambda params: jnp.sum(norm.apply(variables | {"params": params}, X, train=True)[0] ** 2)  # noqa: E731
+    loss = lambda params: jnp.sum(norm.apply(variables | {"params": params}, X, train=True)[0] ** 2)
     grads = jax.grad(loss)(variables["params"])
     assert all(np.all(g == 0) == freeze_params for g in grads.values())
 
@@ -70,7 +70,7 @@ def test_optimizer_leaves_masked_params_alone():
 
 
 def test_no_gradient_flows_through_chosen_leaves():
-    total = lambda tree: sum(jnp.sum(v) for v in jax.tree.leaves(variants.stop_gradient_at(tree, "Norm")))  # noqa: E731
+    total = lambda tree: sum(jnp.sum(v) for v in jax.tree.leaves(variants.stop_gradient_at(tree, "Norm")))
     grads = jax.grad(total)(TREE)
     assert jnp.all(grads["Dense_0"]["kernel"] == 1)
     assert jnp.all(grads["Block"]["Norm_1"]["scale"] == 0)
@@ -100,7 +100,7 @@ def test_paths_are_as_users_write_them_in_boxes_and_states(make):
     mask = variants.path_mask(tree, "(scale|bias)$")
     assert jax.tree.structure(mask) == jax.tree.structure(tree)
     assert jax.tree.leaves(mask) == jax.tree.leaves(variants.path_mask(TREE, "(scale|bias)$"))
-    total = lambda tree: sum(jnp.sum(v) for v in jax.tree.leaves(variants.stop_gradient_at(tree, "scale$")))  # noqa: E731
+    total = lambda tree: sum(jnp.sum(v) for v in jax.tree.leaves(variants.stop_gradient_at(tree, "scale$")))
     sums = [float(jnp.sum(g)) for g in jax.tree.leaves(jax.grad(total)(tree))]
     assert sums == [0.0, 16.0, 4.0, 0.0]  # Block/Norm_1/scale, Dense_0/kernel, Norm_0/bias, Norm_0/scale.
 

@@ -48,7 +48,7 @@ def run(cell, variables, xs, train, where=None):
 def reference(params, xs, where):
     """Equations 6 to 8 in float64, masked statistics included."""
     p = jax.tree.map(lambda v: np.asarray(v, np.float64), params)
-    sigmoid = lambda v: (1 + np.tanh(v / 2)) / 2  # noqa: E731
+    sigmoid = lambda v: (1 + np.tanh(v / 2)) / 2
 
     def normalized(v, keep, scale):
         return scale * (v - v[keep].mean(0)) / np.sqrt(v[keep].var(0) + 1e-5)
@@ -160,7 +160,7 @@ def in_linen(variables):
 
 def test_linen_rnn_makes_the_variables_of_the_cell(variables):
     made = jax.eval_shape(EVALUATING.init, KEY, X)
-    shapes = lambda tree: jax.tree.map(lambda v: (v.shape, v.dtype), tree)  # noqa: E731
+    shapes = lambda tree: jax.tree.map(lambda v: (v.shape, v.dtype), tree)
     assert shapes(dict(made)) == shapes(in_linen(variables))
 
 

@@ -18,7 +18,7 @@ def train(norm, variables, x, **arguments):
 
 
 def gradient(norm, variables, dy):
-    loss = lambda x: jnp.sum(dy * norm.apply(variables, x, train=True)[0])  # noqa: E731
+    loss = lambda x: jnp.sum(dy * norm.apply(variables, x, train=True)[0])
     return jax.jit(jax.grad(loss), compiler_options=QUICK)(X)
 
 

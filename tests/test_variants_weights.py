@@ -85,7 +85,7 @@ def test_direction_of_zeros_gives_zeros_and_no_nan():
 
 def test_first_batch_sets_gain_and_bias_so_that_it_comes_out_normalized():
     direction, gain, bias = draw(5, (4, 6), offset=0.0), jnp.full(6, 2.0), jnp.full(6, 0.5)
-    out = lambda gain, bias: X @ variants.weight_norm(direction, gain) + bias[None]  # noqa: E731
+    out = lambda gain, bias: X @ variants.weight_norm(direction, gain) + bias[None]
     started = variants.weight_norm_init(gain, bias, jaxbn.moments(out(gain, bias), 0))
     after = jaxbn.moments(out(*started), 0)
     np.testing.assert_allclose(after.mean, np.zeros(6), atol=1e-5)

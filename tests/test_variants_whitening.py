@@ -135,7 +135,7 @@ def test_second_derivative_of_the_inverse_root_at_equal_eigenvalues():
     with jax.enable_x64(True):
         d = jnp.asarray(normal(4, 3, 3))
         d = d + d.T
-        along = lambda t: variants.inverse_square_root(jnp.eye(3) + t * d)  # noqa: E731
+        along = lambda t: variants.inverse_square_root(jnp.eye(3) + t * d)
         second = jax.jit(jax.jacfwd(jax.jacrev(along)), compiler_options=QUICK)(0.0)
         np.testing.assert_allclose(second, 0.75 * d @ d, rtol=1e-8, atol=1e-8)
 
@@ -144,7 +144,7 @@ def test_gradient_is_finite_where_features_are_already_white():
     x = jnp.concatenate([jnp.eye(4), -jnp.eye(4)])
     norm = variants.whitening_norm()
     variables = norm.init(KEY, x)
-    loss = lambda x: jnp.sum(norm.apply(variables, x, train=True)[0] ** 3)  # noqa: E731
+    loss = lambda x: jnp.sum(norm.apply(variables, x, train=True)[0] ** 3)
     grad = jax.jit(jax.grad(loss), compiler_options=QUICK)(x)
     assert np.all(np.isfinite(grad))
 
@@ -204,7 +204,7 @@ def layer_gradient(root, kind, dtype):
         dy = jnp.asarray(np.random.default_rng(12).normal(size=x.shape), np.float32).astype(dtype)
         norm = variants.whitening_norm(inverse_root=root)
         variables = norm.init(KEY, x)
-        loss = lambda x: jnp.sum(norm.apply(variables, x, train=True)[0] * dy)  # noqa: E731
+        loss = lambda x: jnp.sum(norm.apply(variables, x, train=True)[0] * dy)
         return np.asarray(jax.jit(jax.grad(loss), compiler_options=QUICK)(x), np.float64)
 
 
