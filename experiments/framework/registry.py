@@ -12,7 +12,12 @@ from typing import NamedTuple
 from experiments.errors import UserError
 from experiments.framework.experiment import Experiment, Settings
 
-EXPERIMENTS = ("benefits", "deep_conv", "chain", "placement")
+EXPERIMENTS = (
+    "benefits",
+    "deep_conv",
+    "chain",
+    "placement",
+)
 
 
 class Entry(NamedTuple):
