@@ -2,16 +2,23 @@
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._arithmetic import at_least_float32, safe_divide, squared, weighted_sum
 from jaxbn._axis_group import whole_axes
+from jaxbn._moments import Sums, finite_or_zero, unit_near
 
+# The largest |mean| / std at which sums around zero are kept: squaring loses (1 + ratio**2) roundings of the variance.
+_MAX_RATIO = 2.0
 # A row of this many numbers keeps the CPU's vector units busy; rows of 6 features take three times as long to sum.
 _ROW = 96
+
+_forced: str | None = None
 
 
 class Rows(NamedTuple):
@@ -93,5 +100,64 @@ def as_they_are(tree, number: int):
 
 
 def on_cpu(cpu: Callable, default: Callable, *arguments):
-    """The one on CPUs, the other elsewhere."""
+    """The one on CPUs, the other elsewhere: two functions of the same value."""
+    if _forced is not None:
+        return (cpu if _forced == "cpu" else default)(*arguments)
     return lax.platform_dependent(*arguments, cpu=cpu, default=default)
+
+
+def forced() -> str | None:
+    """Whose code `force` has asked for, "cpu" or "default"; None: the platform's. A key for caches of traces."""
+    return _forced
+
+
+@contextmanager
+def force(code: str):
+    """Trace the code for CPUs or the "default" one on any platform: for tests, which run both on a CPU."""
+    global _forced
+    before, _forced = _forced, code
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def sums_on_cpu(axes: tuple[int, ...], x: jax.Array, weights: jax.Array | None, count: jax.Array) -> Sums:
+    """Sums around zero, and again around the mean where |mean| is so large that squares around zero lost digits.
+
+    XLA:CPU leaves sums of x and of its square to a library, which takes half the time of sums around any other number;
+    a loop costs nothing where it does not run. Features that are not last may be on several devices (ghost groups), and
+    would have to agree on the loop: for them, sums around the mean at once.
+    """
+    rows = long_rows(x, axes) if weights is None else Rows(x.shape, axes)
+
+    def total(number, power, *shift):
+        part, *center = unfused((rows.lay(x), *shift), number)
+        c = at_least_float32(part)
+        c = power(c - rows.broadcast(center[0]) if center else c)
+        return rows.sum(c) if weights is None else weighted_sum(c, weights, axes)
+
+    def around_mean(first):
+        mean = finite_or_zero(safe_divide(first, count))
+        unit = unit_near(mean)
+        return Sums(unit, mean, total(3, itself, mean), total(4, lambda c: squared(rows.broadcast(unit) * c), mean))
+
+    def again(state):
+        wrong, sums = state
+        return jnp.zeros_like(wrong), around_mean(sums.first)
+
+    first, second = total(1, itself), total(2, squared)
+    if 0 not in axes:
+        return around_mean(first)
+    sums = Sums(jnp.ones_like(second), jnp.zeros_like(first), first, second)
+    return lax.while_loop(lambda state: state[0], again, (_lost(sums, count), sums))[1]
+
+
+def itself(c):
+    return c
+
+
+def _lost(sums, count):
+    """Whether squares of any feature lost more than (1 + _MAX_RATIO**2) roundings of its variance, or overflowed."""
+    offset, square = safe_divide(sums.first, count), safe_divide(sums.second, count)
+    return jnp.any((square > (1 + _MAX_RATIO**2) * (square - squared(offset))) | jnp.isinf(square))

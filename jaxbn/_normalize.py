@@ -13,7 +13,7 @@ from jaxbn._affine import Activation
 from jaxbn._arithmetic import at_least_float32, inner
 from jaxbn._axis_group import AxisGroup, axis_group_of, varying_axes
 from jaxbn._checks import check_features, check_residual, checked_epsilon
-from jaxbn._cpu import Rows, as_they_are, long_rows, on_cpu, unfused
+from jaxbn._cpu import Rows, as_they_are, forced, long_rows, on_cpu, unfused
 from jaxbn._inputs import canonical_axes, combined_weights, inexact
 from jaxbn._measure import STATISTICS, measure_groups, tangent_means
 from jaxbn._moments import Measured, Moments
@@ -119,16 +119,16 @@ def batch_normalize(
 
 
 def normalize_by_batch(
-    x, scale, bias, *, axis, epsilon, where, weights, axis_group, activation, residual, dtype, guess=None
+    x, scale, bias, *, axis, epsilon, where, weights, axis_group, activation, residual, dtype
 ) -> tuple[jax.Array, Measured]:
-    """`batch_normalize` for an AxisGroup, with a guess for `measure_groups`; measured as `AxisGroup.psum` gives it."""
+    """`batch_normalize` for an AxisGroup; measured as `AxisGroup.psum` gives it."""
     x = inexact(x)
     axes = canonical_axes(axis, x.ndim)
     check_features("scale", scale, x, axes)
     check_features("bias", bias, x, axes)
     check_residual(residual, x)
-    spec = _Spec(axes, axis_group, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
-    return _standardize(x, scale, bias, residual, combined_weights(x, where, weights), guess, spec)
+    spec = _Spec(axes, axis_group, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype), forced())
+    return _standardize_jit(x, scale, bias, residual, combined_weights(x, where, weights), None, spec)
 
 
 class _Spec(NamedTuple):
@@ -139,6 +139,7 @@ class _Spec(NamedTuple):
     epsilon: float
     activation: Activation | None
     dtype: jnp.dtype
+    code: str | None = None  # As `_cpu.forced` says: a key of the cache of `_standardize_jit`.
 
 
 def _affine(x, measured, scale, bias, residual, weights, spec):
@@ -170,19 +171,17 @@ def _deviations(rows, x, mean, weights):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(6,))
-def _standardize(x, scale, bias, residual, weights, guess, spec):
-    """The guess as in `measure_groups`, or the statistics themselves, which are then not measured again."""
-    known = isinstance(guess, Measured)
-    measured = guess if known else measure_groups(x, weights, guess, spec.axes, spec.axis_group)
+def _standardize(x, scale, bias, residual, weights, known, spec):
+    """Output and statistics; `known` are the statistics where they have been measured already, else None."""
+    measured = measure_groups(x, weights, spec.axes, spec.axis_group) if known is None else known
     return _affine(x, measured, scale, bias, residual, weights, spec), measured
 
 
 @_standardize.defjvp
 def _standardize_jvp(spec, primals, tangents):
-    x, scale, bias, residual, weights, guess = primals
-    known = _known_statistics(x, weights, guess, spec)
-    # A checkpoint around all this that saves x would save it again for the one of `_tangent`, were there not a name in
-    # between, which it does not save.
+    x, scale, bias, residual, weights, known = primals
+    known = _statistics(x, weights, spec) if known is None else known
+    # Naming `x` stops an outer checkpoint from saving it twice.
     x = checkpoint_name(x, INPUT)
     y, measured = _standardize(x, scale, bias, residual, weights, known, spec)
     dy, dmean, dvar = _tangent(spec, x, scale, bias, residual, weights, measured, *tangents[:4])
@@ -190,12 +189,14 @@ def _standardize_jvp(spec, primals, tangents):
     return (y, measured), (dy, Measured(zeros[0], dmean, zeros[1], dvar))
 
 
-def _known_statistics(x, weights, guess, spec):
-    """Statistics by a name by which checkpoints save them; constants, for `_tangent` differentiates through them."""
-    if isinstance(guess, Measured):
-        return guess
-    x, guess = lax.stop_gradient((x, guess))
-    return checkpoint_name(measure_groups(x, weights, guess, spec.axes, spec.axis_group), STATISTICS)
+# Layers of one shape are then traced and lowered once.
+_standardize_jit = jax.jit(_standardize, static_argnums=(6,))
+
+
+def _statistics(x, weights, spec):
+    """Measured, by a name by which checkpoints save them; constants, for `_tangent` differentiates through them."""
+    measured = measure_groups(lax.stop_gradient(x), weights, spec.axes, spec.axis_group)
+    return checkpoint_name(measured, STATISTICS)
 
 
 # Written so that its transpose, which JAX derives, is the least backward pass: two sums of the output's cotangent (they
