@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxbn._affine import before_activation
 from jaxbn._arithmetic import at_least_float32, safe_divide, squared, weighted_sum
 from jaxbn._axis_group import whole_axes
 from jaxbn._moments import Sums, finite_or_zero, unit_near
+from jaxbn._padding import silenced
 
 # The largest |mean| / std at which sums around zero are kept: squaring loses (1 + ratio**2) roundings of the variance.
 _MAX_RATIO = 2.0
@@ -93,12 +95,6 @@ def unfused(tree, number: int):
     return tree
 
 
-def as_they_are(tree, number: int):
-    """What `unfused` is to compilers that fuse better without barriers: nothing."""
-    del number
-    return tree
-
-
 def on_cpu(cpu: Callable, default: Callable, *arguments):
     """The one on CPUs, the other elsewhere: two functions of the same value."""
     if _forced is not None:
@@ -161,3 +157,28 @@ def _lost(sums, count):
     """Whether squares of any feature lost more than (1 + _MAX_RATIO**2) roundings of its variance, or overflowed."""
     offset, square = safe_divide(sums.first, count), safe_divide(sums.second, count)
     return jnp.any((square > (1 + _MAX_RATIO**2) * (square - squared(offset))) | jnp.isinf(square))
+
+
+def output_tangent_on_cpu(spec, x, residual, weights, vectors, dx, dresidual):
+    """activation'(y) (gain dx + dresidual + shift + slope (x - mean)), as `_output_tangent` of `_normalize`.
+
+    The terms are kept separate, so that what they transpose to are sums in which XLA:CPU reads cotangent and x as they
+    are. Without an activation each is rounded by itself, and sums take long rows, half the time where features are few.
+    With one the cotangent, times its derivative, has to be written first, and long rows gain nothing.
+    """
+    mean, gain_of_y, offset_of_y, gain, shift, slope = vectors
+    alone = spec.activation is None
+    rows = long_rows(x, spec.axes) if alone and weights is None else Rows(x.shape, spec.axes)
+    first = rows.broadcast(gain) * at_least_float32(rows.lay(dx))
+    first = first if dresidual is None else first + at_least_float32(rows.lay(dresidual))
+    second = jnp.broadcast_to(rows.broadcast(shift), first.shape)
+    x_again, mean_again, slope = unfused((rows.lay(x), mean, slope), 4)
+    third = at_least_float32(x_again) - rows.broadcast(mean_again)
+    third = rows.broadcast(slope) * silenced(third, weights)
+    terms = [v.astype(spec.dtype) if alone else v for v in (first, second, third)]
+    first, second, third = (unfused(v, number) for number, v in enumerate(terms))
+    dy = rows.back(first + second + third)
+    if not alone:
+        y = before_activation(unfused(x, 5), mean, gain_of_y, offset_of_y, residual, weights, spec.axes)
+        dy = jax.jvp(spec.activation, (y,), (dy,))[1]
+    return dy.astype(spec.dtype)

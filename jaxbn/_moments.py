@@ -93,15 +93,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 def merge_measured(a: Measured, b: Measured) -> Measured:
     """`merge_moments` for means that are kept as two floats."""
-    count = a.count + b.count
-    share_a, share_b = safe_divide(a.count, count), safe_divide(b.count, count)
-    gap = (b.mean - a.mean) + (b.remainder - a.remainder)
-    # By adding zeros, and not by its shape alone, it is sharded as the gap is on a mesh of explicit axes.
-    whole = share_b + jnp.zeros_like(gap.real) == 1
-    mean = jnp.where(whole, b.mean, a.mean + gap * share_b)
-    remainder = jnp.where(whole, b.remainder, ((a.mean - mean) + gap * share_b) + a.remainder)
-    var = a.var * share_a + b.var * share_b + squared(gap) * share_a * share_b
-    return Measured(count, mean, remainder, var)
+    # By adding zeros, and not by their shape alone, vectors are sharded alike too on a mesh of explicit axes.
+    zeros = sum(jnp.zeros_like(v.real) for v in (*a, *b))
+    return pool_along(jax.tree.map(lambda *both: jnp.stack([v + zeros for v in both]), a, b), axis=0)
 
 
 def pool_moments(m: Measured, total: Callable, own: Callable = lambda v: v) -> Measured:

@@ -225,7 +225,7 @@ def test_a_synchronized_layer_sends_twice_and_moves_what_flax_moves_on_a_tpu():
         cost_of(aot_programs.compile_layer(aot_programs.ARMS[arm]("data", jax.nn.relu), mesh, output=True))
         for arm in ("jaxbn, fused", "flax")
     ]
-    assert [cost.all_reduces for cost in costs] == [2, 2]
+    assert [cost.collectives for cost in costs] == [2, 2]
     assert costs[0].moved <= 1.001 * costs[1].moved
 
 
@@ -285,8 +285,8 @@ def test_the_programs_compile_for_the_devices_that_are_here(monkeypatch, arm):
     chain = counted(aot_programs.compile_chain(norm, mesh, shape=MESH_SHAPE))
     alone = aot_programs.ARMS[arm](None, jax.nn.relu)
     loop = counted(aot_programs.compile_loop(conv_chain.loop(conv_chain.norm_first, True), alone, mesh, MESH_SHAPE))
-    assert (layer.all_reduces > 0, loop.all_reduces) == (arm != "none", 0)
-    assert chain.all_reduces > 0
+    assert (layer.collectives > 0, loop.collectives) == (arm != "none", 0)
+    assert chain.collectives > 0
 
 
 @pytest.mark.parametrize("program", listing.PROGRAMS)
