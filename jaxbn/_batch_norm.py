@@ -185,9 +185,10 @@ def _pooled(measured, axis_group, scope, pool_axis_name, batch_axis) -> Measured
     names = [*_names(pool_axis_name), *(_names(axis_group.axis_name) if scope.axis_name is None else ())]
     others = AxisGroup(tuple(n for n in dict.fromkeys(names) if n not in _names(scope.axis_name)) or None)
     # The rows of groups of shards come first, those of ghost groups where the batch axis was.
-    axis = batch_axis if batch_axis is not None else () if scope.groups is None else 0
+    if batch_axis is not None or scope.groups is not None:
+        measured = pool_along(measured, batch_axis or 0)
     others.size()  # ValueError where an axis is not bound.
-    return pool_shards(measured if axis == () else pool_along(measured, axis), others)
+    return pool_shards(measured, others)
 
 
 def _names(axis_name):

@@ -145,7 +145,8 @@ class _Spec(NamedTuple):
 def _affine(x, measured, scale, bias, residual, weights, spec):
     """The output, from given statistics; one pass over x."""
     own = spec.axis_group.select_group(measured)
-    y = before_activation(x, own.mean, *_gain_and_offset(own, scale, bias, spec), residual, weights, spec.axes)
+    gain, offset = _gain_and_offset(own, scale, bias, spec)
+    y = before_activation(x, own.mean, gain, offset, residual, weights, spec.axes)
     return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype)
 
 
