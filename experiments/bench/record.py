@@ -80,7 +80,7 @@ def is_here(package: str, versions: Mapping[str, str]) -> bool:
 
 
 def as_json(value: Any) -> Any:
-    """NamedTuples as objects, other tuples as lists, a float that is not finite by its name: JSON has no number for it."""
+    """NamedTuples as objects, other tuples as lists, a float that is not finite by its name, for JSON has none."""
     if hasattr(value, "_asdict"):
         return as_json(value._asdict())
     if isinstance(value, Mapping):
