@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 
-import jax
 import numpy as np
 import optax
 import xarray as xr
@@ -71,12 +70,7 @@ def task(settings: Sizes) -> loop.Task:
 def linear_part(trained: Trained) -> dict:
     """How much of what the last hidden layer does to test images is a straight line."""
     x = network.shrink(data.pixels(trained.arrays["test_images"]))
-
-    @jax.jit
-    def measure(variables: dict) -> jax.Array:
-        return jax.lax.map(lambda v: network.linear_part(network.run(v, x, train=False)[1][-1]), variables)
-
-    return {"linear_part": ((), measure(trained.variables))}
+    return {"linear_part": ((), network.linear_parts(trained.variables, x))}
 
 
 def stages(settings: Sizes) -> Iterator[Stage]:
@@ -299,7 +293,11 @@ EXPERIMENT = Experiment(
             ),
             draw_scaling, file="reparameterization.png", size=(4.3, 4.2),
             title="Why standardize a unit and then let it learn any mean and deviation again?",
-            caption="",
+            caption="Networks with two hidden layers on digits. First: one network in three parameterizations, gradient"
+            " descent on 256 digits at the same rate. Others: the rate of each is chosen on validation; dots are means"
+            " over seeds, bars their range. Scale and bias alone: learned without normalization. Normalization alone:"
+            " without a learned scale and bias. sigmoid(4 h) leaves the linear part of the sigmoid. Last layer alone:"
+            " the layers below stay random. Last panel: one layer's initial weights are multiplied; the rate stays.",
         )
     ],
 )  # fmt: skip

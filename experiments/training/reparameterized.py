@@ -100,6 +100,12 @@ def linear_part(layer: Layer) -> Array:
     return jnp.nanmean((z * out).mean(0) ** 2 / ((z**2).mean(0) * (out**2).mean(0)))
 
 
+@jax.jit
+def linear_parts(variables: dict, x: Array) -> Array:
+    """`linear_part` of the last hidden layer of several networks at test time; leaves and result: [networks, ...]."""
+    return jax.lax.map(lambda one: linear_part(run(one, x, train=False)[1][-1]), variables)
+
+
 def own(layer: Mapping[str, Array], normalized: Array) -> Array:
     """What a layer's own shift parameters say the mean of z is, apart from its weights and the layers below: [units].
 

@@ -80,7 +80,8 @@ class Walk(NamedTuple):
 
     Attributes:
       losses: before each step, [steps].
-      logits: at the end, [batch, classes].
+      first: logits at the start, [batch, classes].
+      logits: at the end.
       elsewhere: share of the change of the mean of z that the layer's own shift does not account for:
         |change of mean - change of `own`| / |change of mean|, Euclidean over units, [hidden layers].
       drift: of the bias in front of the normalization, its largest distance from bias (1 - shrinkage)^steps over the
@@ -88,6 +89,7 @@ class Walk(NamedTuple):
     """
 
     losses: Array
+    first: Array
     logits: Array
     elsewhere: Array
     drift: Array
@@ -114,15 +116,15 @@ def walk(
     start = variables["params"]
     (params, _), losses = jax.lax.scan(body, (start, optimizer.init(start)), length=steps)
     end = {**variables, "params": params}
-    (_, before, _), (logits, after, _) = (network.run(v, x, train=True) for v in (variables, end))
+    (first, before, _), (logits, after, _) = (network.run(v, x, train=True) for v in (variables, end))
     normalized = variables["batch_stats"]["arm"]["normalize"]
     pairs = list(zip(start["hidden"], params["hidden"], strict=True))
     moved = [a.z.mean(0) - b.z.mean(0) for b, a in zip(before, after, strict=True)]
     by_own = [network.own(a, normalized) - network.own(b, normalized) for b, a in pairs]
     elsewhere = [jnp.linalg.norm(m - o) / jnp.linalg.norm(m) for m, o in zip(moved, by_own, strict=True)]
-    first, last = (jnp.stack([pair[number]["bias"] for pair in pairs]) for number in (0, 1))
-    drift = jnp.max(jnp.abs(last - (1 - shrinkage) ** steps * first)) / jnp.sqrt(jnp.mean(first**2))
-    return Walk(losses, logits, jnp.stack(elsewhere), drift)
+    bias, moved_bias = (jnp.stack([pair[number]["bias"] for pair in pairs]) for number in (0, 1))
+    drift = jnp.max(jnp.abs(moved_bias - (1 - shrinkage) ** steps * bias)) / jnp.sqrt(jnp.mean(bias**2))
+    return Walk(losses, first, logits, jnp.stack(elsewhere), drift)
 
 
 def measure(dataset: data.Dataset, seeds: range, *, width: int, steps: int) -> xr.Dataset:
@@ -155,13 +157,12 @@ def walks_of_all(variables: dict, x: Array, labels: Array, *, steps: int) -> dic
     starts = [twin if normalize else variables for normalize, *_ in WALKS.values()]
     starts = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     learned, adam, shrinkage = map(jnp.asarray, list(zip(*WALKS.values(), strict=True))[1:])
-    before = jax.vmap(lambda v: network.run(v, x, train=True)[0])(starts)
     one = partial(walk, x=x, labels=labels, steps=steps)
     walks = jax.vmap(one)(starts, learned, adam, shrinkage)
     apart = jnp.stack([jnp.linalg.norm(logits - walks.logits[0]) for logits in walks.logits])
     return {
-        "starts": jnp.stack([relative(logits, before[0]) for logits in before]),
-        "apart": apart / jnp.linalg.norm(walks.logits[0] - before[0]),
+        "starts": jnp.stack([relative(logits, walks.first[0]) for logits in walks.first]),
+        "apart": apart / jnp.linalg.norm(walks.logits[0] - walks.first[0]),
         **{name: getattr(walks, name) for name in ("losses", "elsewhere", "drift")},
     }
 
