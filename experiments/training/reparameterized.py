@@ -18,7 +18,7 @@ import jaxbn
 from experiments.training import models
 
 SIDE = 14  # images are averaged down to 14 x 14, so that a hidden layer can be wider than its 196 inputs
-WIDTH, HIDDEN, CLASSES = 256, 2, 10  # units of a hidden layer, hidden layers, classes
+WIDTH, HIDDEN, CLASSES = 200, 2, 10  # units of a hidden layer, hidden layers, classes
 ACTIVATIONS = (lambda h: h, jax.nn.relu, jax.nn.sigmoid, lambda h: jax.nn.sigmoid(4 * h))
 LINEAR, RELU, SIGMOID, STEEP_SIGMOID = range(4)
 KEPT = ("normalize", "activation", "width")  # numbers of an arm that the network computes with
