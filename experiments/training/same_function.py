@@ -110,8 +110,8 @@ def walk(
         value, gradient = jax.value_and_grad(lambda p: network.loss({**variables, "params": p}, x, labels)[0])(params)
         by_adam, state = optimizer.update(gradient, state)
         chosen = jax.tree.map(lambda a, g: jnp.where(adam > 0, ADAM_RATE * a, SGD_RATE * g), by_adam, gradient)
-        steps, _ = only.update(chosen, optax.EmptyState())
-        return (jax.tree.map(lambda p, u: (1 - shrinkage) * p - u, params, steps), state), value
+        taken, _ = only.update(chosen, optax.EmptyState())
+        return (jax.tree.map(lambda p, u: (1 - shrinkage) * p - u, params, taken), state), value
 
     start = variables["params"]
     (params, _), losses = jax.lax.scan(body, (start, optimizer.init(start)), length=steps)
