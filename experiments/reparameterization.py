@@ -12,8 +12,9 @@ validation from the same values; results are of fresh seeds, on test. They are t
 of the last hidden layer times 0.01 and times 100, *at the rate that was chosen without that*. Digits are averaged
 down to 14 x 14, so that a hidden layer can be wider than its input.
 
-`python -m experiments run reparameterization` takes about eight minutes of processor time, four on two cores
-that do nothing else (500 steps, 10 seeds, 5,000 digits). By a pilot of three other seeds, with layers of 256 and 600 steps, the claims need 3 to 11 seeds.
+`python -m experiments run reparameterization` takes about eight minutes of processor time, four on two cores that do
+nothing else (500 steps, 10 seeds, 5,000 digits). By a pilot of three other seeds, with layers of 256 and 600 steps, the
+claims need 3 to 11 seeds.
 """
 
 from collections.abc import Iterator
@@ -151,30 +152,41 @@ EXPERIMENT = Experiment(
     source="Goodfellow, Bengio and Courville, Deep Learning, section 8.7.1",
     citation="I. Goodfellow, Y. Bengio and A. Courville, Deep Learning, MIT Press 2016, section 8.7.1",
     theme=WHAT_IT_IS,
-    answer="Both parameterizations compute the same function at the start, but gradient descent leads them apart: only"
-    " with batch norm is a unit's mean set by its bias alone, where it otherwise follows all the weights below. What a"
-    " layer passes on no longer depends on the size of its weights (times 100, at the same rate: -0.1 points of accuracy"
-    " with batch norm, -70 without), and without the learned scale and bias sigmoids stay in their linear part, which"
-    " costs 1.7 points.",
+    answer=(
+        "Both parameterizations compute the same function at the start, but gradient descent leads them apart: with"
+        " batch norm a unit's mean is set by its bias alone, without it 83% to 97% of its change comes from the"
+        " weights and layers below. What a layer passes on no longer depends on the size of its weights (times 100,"
+        " at the same rate, costs nothing, and 70 points of accuracy without batch norm), and without the learned"
+        " scale and bias sigmoids stay in their linear part, which costs 1.7 points."
+    ),
     reader_questions={
-        "What differs from adding a linear layer?": "A learned scale and bias without normalization are such a layer:"
-        " 83% to 95% of the change of a unit's mean still comes from weights and layers below, and after 100 steps the"
-        " function is 8% of the way from the plain one's (batch norm: 49%). With the normalization in between, the mean"
-        " is the bias to rounding; trained, scale and bias alone gained nothing that ten seeds could show, and with relu"
-        " 2 of 10 networks diverged at the rate that was chosen.",
-        "Why normalize a unit and then let it learn any mean and deviation again?": "Because mean and deviation are then"
-        " two parameters of their own that gradient descent moves directly, instead of a result of all that lies below."
-        " With sigmoids they are needed as well: without them 98.8% of what a unit does is a straight line, and accuracy"
-        " is 1.7 points lower; with relu they made no difference.",
-        "Should a layer in front of batch norm have a bias?": "No: its gradient is 0, and it moves by weight decay only."
-        " Under Adam it even drifts, by up to 5% of its size in 100 steps, since Adam blows the rounding of that 0 up to"
-        " whole steps; no output depends on it.",
-        "Does the size of the initial weights matter with batch norm?": "Hardly where they are large: the output is the"
-        " same and the gradient goes as 1 / size, to rounding. Small ones meet epsilon: weights times 0.01 changed the"
-        " output by up to 68% with the default of 1e-5.",
-        "Are the lower layers of a linear network useless under batch norm?": "With one unit per layer, as in the book,"
-        " yes; with many, no: they choose which directions of the input get through. To train the last of three layers"
-        " alone cost 10 points where layers of 32 units squeeze 196 inputs, and 0.7 points with 200 units.",
+        "What differs from adding a linear layer?": (
+            "A learned scale and bias without normalization are such a layer: 83% to 95% of the change of a unit's"
+            " mean still comes from the weights and layers below, where with the normalization in between the mean is"
+            " the bias, to rounding. Trained, they gained nothing over the plain network that ten seeds could show,"
+            " and with relu 2 of 10 networks diverged at the rate that was chosen."
+        ),
+        "Why normalize a unit and then let it learn any mean and deviation again?": (
+            "Because mean and deviation are then two parameters of their own that gradient descent moves directly,"
+            " instead of a result of all that lies below. With sigmoids they are needed as well: without them a"
+            " straight line explains 98.8% of what a unit does, and accuracy is 1.7 points lower; with relu they made"
+            " no difference."
+        ),
+        "Should a layer in front of batch norm have a bias?": (
+            "No: its gradient is 0, so that it moves by weight decay only, and no output depends on it. Under Adam"
+            " it drifts nevertheless, by up to 5% of its size in 100 steps, since Adam divides the rounding errors of"
+            " that 0 by their own size."
+        ),
+        "Does the size of the initial weights matter with batch norm?": (
+            "Hardly where they are large: the output is the same, and the gradient goes as 1 / size, to rounding."
+            " Small ones meet epsilon: weights times 0.01 changed the output by up to 68% with the default of 1e-5,"
+            " and cost relu and sigmoid networks 1 to 2 points."
+        ),
+        "Are the lower layers of a linear network useless under batch norm?": (
+            "With one unit per layer, as in the book's example, yes; with many, no, for they choose which directions"
+            " of the input get through. To train the last of three layers alone cost 10 points where layers of 32"
+            " units squeeze 196 inputs, and 0.7 points with 200 units."
+        ),
     },
     differs="The book argues and gives no figures; its linear example has one unit per layer, here a layer has 200.",
     settings={
@@ -326,11 +338,11 @@ EXPERIMENT = Experiment(
             draw_scaling, file="reparameterization.png", size=(4.3, 4.2),
             title="Why standardize a unit and then let it learn any mean and deviation again?",
             caption="Networks with two hidden layers on digits. First: one network in three parameterizations, gradient"
-            " descent on 256 digits at the same rate. Second and third: the rate of each is chosen on validation; marks"
-            " are medians over seeds, bars their range. Scale and bias alone: learned without normalization."
-            " Normalization alone: without a learned scale and bias. sigmoid(4 h) leaves the linear part of the sigmoid."
-            " Last layer alone: the layers below stay random. Fourth: one layer's initial weights are multiplied, the"
-            " rate stays; means over seeds.",
+            " descent on 256 digits at the same rate. Second and third: the rate of each is chosen on validation;"
+            " marks are medians over seeds, bars their range. Scale and bias alone: learned without normalization."
+            " Normalization alone: without a learned scale and bias. sigmoid(4 h) leaves the linear part of the"
+            " sigmoid. Last layer alone: the layers below stay random. Fourth: one layer's initial weights are"
+            " multiplied, the rate stays; means over seeds.",
         )
     ],
 )  # fmt: skip
