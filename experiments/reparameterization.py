@@ -156,8 +156,8 @@ EXPERIMENT = Experiment(
         "Both parameterizations compute the same function at the start, but gradient descent leads them apart: with"
         " batch norm a unit's mean is set by its bias alone, without it 83% to 97% of its change comes from the"
         " weights and layers below. What a layer passes on no longer depends on the size of its weights (times 100,"
-        " at the same rate, costs nothing, and 70 points of accuracy without batch norm), and without the learned"
-        " scale and bias sigmoids stay in their linear part, which costs 1.7 points."
+        " at the same rate, costs nothing on average, and 70 points of accuracy without batch norm), and without the"
+        " learned scale and bias sigmoids stay in their linear part, which costs 1.7 points."
     ),
     reader_questions={
         "What differs from adding a linear layer?": (
