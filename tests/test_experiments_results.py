@@ -10,6 +10,7 @@ from experiments.framework import results
 from experiments.framework.experiment import Experiment, Grid, Search
 from experiments.framework.search import FIRST_SEED, runs_of, search, with_chosen
 from experiments.framework.tables import mean_and_std, table_of
+from experiments.training import loop
 
 GRID = Grid(task=None, batch_size=1, programs={"arm": ("plain", "batch norm")}, runs={"rate": (2.0, 1.0)})
 
@@ -114,6 +115,26 @@ def test_rates_are_added_below_too_and_no_more_often_than_allowed():
     chosen, trials = searched({"plain": 0.01}, extensions=1)
     assert (chosen == 0.5).all()
     assert [tried for *_, tried in trials] == [[1, 2, 4], [0.5]]
+
+
+def test_cells_of_a_shared_axis_take_what_is_best_at_its_first_value():
+    grid = Grid(None, 1, {}, {"times": (1.0, 100.0)}, Search("rate", (1.0, 2.0, 4.0), shared=("times",)))
+
+    def train(stage, program, runs):
+        assert {run["times"] for run in runs} == {1.0}
+        return list(rows_of(stage, runs, lambda run, step: -abs(run["rate"] - 2.0)))
+
+    runs = with_chosen(runs_of(grid.runs, 1), search(grid, train), {})
+    assert [(run["times"], run["rate"]) for run in runs] == [(1.0, 2.0), (100.0, 2.0)]
+
+
+def test_a_named_value_of_an_axis_brings_its_numbers_into_the_run():
+    arms = {"plain": {"normalize": 0, "scale": 2}, "batch norm": {"normalize": 1, "scale": 3}}
+    runs = runs_of({"arm": arms, "std": (1.0,)}, 1)
+    assert runs[1] == {"seed": 0, "arm": "batch norm", "std": 1.0, "normalize": 1, "scale": 3}
+    stacked = loop.stacked(runs, 2)
+    assert set(stacked) == {"seed", "std", "normalize", "scale"}
+    np.testing.assert_array_equal(stacked["scale"], [2, 3])
 
 
 def test_a_run_that_diverged_is_never_chosen():

@@ -44,20 +44,27 @@ def _rounded(value):
 
 def _scores(grid: Grid, wanted: Search, values, number, train) -> xr.DataArray:
     """Mean over seeds of the metric at the end, [programs' axes, runs' axes, tried values]; -inf where one diverged."""
-    axes = {**grid.runs, wanted.axis: values}
+    axes = {**grid.runs, **{axis: _first(grid.runs[axis]) for axis in wanted.shared}, wanted.axis: values}
     found = []
     for program in programs_of(grid):
         rows = train(f"search {number}: {program_name(program)}", program, runs_of(axes, wanted.seeds, FIRST_SEED))
         metrics = stage_results(rows, tuple(axes))
         finite = np.isfinite(metrics["loss"].isel(step=-1))
         score = metrics[wanted.on].isel(step=-1).where(finite, -np.inf).mean("seed")
+        score = score.isel(dict.fromkeys(wanted.shared, 0), drop=True)
         found.append(score.assign_coords(program).expand_dims(list(program)))
     return xr.combine_by_coords([score.to_dataset(name="score") for score in found])["score"]
 
 
-def runs_of(axes: Mapping[str, Sequence[float]], seeds: int, first_seed: int = 0) -> list[dict]:
-    """Every combination of the axes for every seed, seed after seed."""
+def _first(values):
+    return dict(list(values.items())[:1]) if isinstance(values, Mapping) else values[:1]
+
+
+def runs_of(axes: Mapping[str, Sequence | Mapping], seeds: int, first_seed: int = 0) -> list[dict]:
+    """Every combination of the axes for every seed, seed after seed; a name of an axis brings its numbers along."""
     cells = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    named = {axis: values for axis, values in axes.items() if isinstance(values, Mapping)}
+    cells = [cell | {k: v for axis in named for k, v in named[axis][cell[axis]].items()} for cell in cells]
     return [{"seed": seed, **cell} for seed in range(first_seed, first_seed + seeds) for cell in cells]
 
 
