@@ -53,6 +53,8 @@ class Search:
       seeds: runs of each value; they are not used again.
       on: the metric by whose mean over seeds is chosen; larger is better. A run that diverged counts as the worst.
       extensions: how often values may be added.
+      together: whether the runs of all values train together; else value after value, which saves compiling where the
+        runs of one value are many: then they are as many as those of the result.
     """
 
     axis: str
@@ -60,6 +62,7 @@ class Search:
     seeds: int = 2
     on: str = "validation_accuracy"
     extensions: int = 2
+    together: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Grid:
       runs: axes of numbers that vary within a program: {"rate": (0.01, 1.0)}; "seed" comes by itself.
       search: chooses the value of one further number of a run; None if nothing is chosen.
       conclude: conclude(trained) -> {name: (names of further axes, values [runs, ...])}; see `Trained`.
+      names: what the numbers of an axis of `runs` are called in the results, in rising order: {"arm": ("off", "on")}.
     """
 
     task: Callable[..., Task]
@@ -81,6 +85,7 @@ class Grid:
     runs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     search: Search | None = None
     conclude: "Callable[[Trained], Mapping[str, tuple[tuple[str, ...], Any]]] | None" = None
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
