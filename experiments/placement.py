@@ -26,9 +26,10 @@ from matplotlib.axes import Axes
 
 import jaxbn
 from experiments.framework.claim import Claim, Compared
-from experiments.framework.experiment import WHAT_IT_IS, Experiment, Grid, Search, Settings, Stage, Trained
+from experiments.framework.experiment import WHAT_IT_IS, Experiment, Grid, Search, Settings, Stage
 from experiments.framework.pictures import COLORS, curves, dots, panels
 from experiments.framework.results import final
+from experiments.framework.start import at_the_start, from_the_start
 from experiments.framework.tables import table_of
 from experiments.training import data, feature_maps, gaussianity, loop
 from experiments.training.placed_norm import PlacedNorm, Switches
@@ -90,24 +91,14 @@ def key(statistic: str, site: str, layer: int) -> str:
     return f"{statistic} of {site}, layer {layer}"
 
 
-def at_the_start(trained: Trained) -> dict:
-    """The metrics of the networks before their first step, named "start: ..."."""
-    runs = loop.stacked(list(trained.runs), len(trained.runs))
-    states = jax.vmap(partial(loop.init_run, trained.task, trained.arrays["test_images"]))(runs)
-    found = jax.jit(jax.vmap(lambda run, state: trained.task.metrics(run, state, trained.arrays)))(runs, states)
-    return {f"start: {name}": ((), values) for name, values in found.items()}
-
-
 def shapes(r: xr.Dataset) -> xr.DataArray:
     """How Gaussian X and XW + b are where LOOKED_AT: [..., step, statistic, site, layer]; the start is step 0."""
-    layers = sorted({int(str(name).split()[-1]) for name in r.data_vars if str(name).startswith("start: ")})
+    layers = sorted({int(str(name).split()[-1]) for name in r.data_vars if ", layer " in str(name)})
     axes = {"statistic": STATISTICS, "site": SITES, "layer": layers}
-    names = [key(*place) for place in product(*axes.values())]
-    start, later = r[[f"start: {name}" for name in names]].expand_dims(step=[0]), r[names]
-    index = xr.Coordinates.from_pandas_multiindex(pd.MultiIndex.from_product(axes.values(), names=list(axes)), "place")
-    parts = [part.to_dataarray("place").drop_vars("place").assign_coords(index) for part in (start, later)]
-    found = xr.concat(parts, "step").sel(arm=LOOKED_AT).unstack("place").rename("shape")
-    return found.sel(statistic=list(STATISTICS))  # unstacked they come in the order of the alphabet
+    places = xr.Coordinates.from_pandas_multiindex(pd.MultiIndex.from_product(axes.values(), names=list(axes)), "place")
+    found = from_the_start(r.sel(arm=LOOKED_AT), [key(*place) for place in product(*axes.values())])
+    array = found.to_dataarray("place").drop_vars("place").assign_coords(places).unstack("place")
+    return array.rename("shape").sel(statistic=list(STATISTICS))  # unstacked they come in the order of the alphabet
 
 
 def ends(r: xr.Dataset, statistic: str) -> xr.DataArray:

@@ -51,7 +51,7 @@ def test_constant_units_are_left_out():
 
 
 def variables_of(arm, sigmoid=0.0):
-    """The network's variables with the switches of one arm, and its kernels, those of the hidden layers and the head."""
+    """The network's variables with the switches of one arm, its kernels, and images."""
     switches = jax.tree.map(lambda leaf: jnp.asarray(leaf[placement.ARMS.index(arm)]), placement.switches(3))
     images = jax.random.normal(jax.random.key(1), (8, 6))
     variables = NETWORK.init(switches._replace(sigmoid=jnp.asarray(sigmoid)), jax.random.key(0), images)
