@@ -9,7 +9,8 @@ activation (2 to 4): skewness, excess kurtosis and the test of Jarque and Bera.
 The exact part: 64 digits, a 3 x 3 convolution to 8 feature maps, a 1 x 1 convolution to 6, batch norm; against a dense
 layer on the same values as a matrix [images x positions, 8]. Outputs, running statistics and gradients, in float64.
 
-`python -m experiments run placement` takes about three minutes on two cores.
+`python -m experiments run placement` takes about four minutes on two cores. By three earlier seeds most claims need 3
+to 10 seeds, and four of those on accuracy 12 to 50; 10 are taken, the most here. The result's seeds are fresh.
 """
 
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ EXPERIMENT = Experiment(
     " section 4.1. Norms that are switched off are counted among the trained parameters, and get no gradient.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=4, interval=2, layers=2, width=8),
-        "cpu": Sizes(seeds=8, data="mnist5k", steps=900, interval=100),
+        "cpu": Sizes(seeds=10, data="mnist5k", steps=900, interval=100),
         "full": Sizes(seeds=5, data="mnist", steps=50_000, interval=1000, layers=3, width=100),
     },
     grid=Grid(
