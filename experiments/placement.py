@@ -145,7 +145,7 @@ EXPERIMENT = Experiment(
     answer="Batch norm works on both sides of the activation: after it is better with sigmoid here (0.907"
     " against 0.893 of the test digits), and with ReLU it may be a little worse (0.916 against 0.922, not"
     " certain with 10 seeds). The input X of a layer is less Gaussian than XW + b, by far with ReLU and"
-    " hardly with sigmoid, and it fits that normalizing XW + b gains more with ReLU.",
+    " less so with sigmoid, and it fits that normalizing XW + b gains more with ReLU.",
     reader_questions={
         "Can it be used after the activation?":
         "Yes: with the best learning rate for each, after differs from before by about 0.01 of test accuracy,"
