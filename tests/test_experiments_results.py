@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from experiments.framework import results
+from experiments.framework import protocol, results
 from experiments.framework.experiment import Experiment, Grid, Search
 from experiments.framework.search import FIRST_SEED, runs_of, search, with_chosen
 from experiments.framework.tables import mean_and_std, table_of
@@ -49,6 +49,19 @@ def test_metrics_of_a_grid_have_the_axes_of_its_programs_and_runs_in_order(parts
     assert not found.isnull().any()
 
 
+def test_numbers_of_a_run_that_have_names_are_found_by_them():
+    grid = Grid(None, 1, {}, {"arm": (0, 1)}, Search("rate", (0.1,)), names={"arm": ("off", "on")})
+    runs = [{**run, "rate": 0.1 + run["arm"]} for run in runs_of(grid.runs, seeds=2)]
+    rows = list(rows_of("training", runs, lambda run, step: run["arm"] + run["seed"]))
+    found = results.results_of(experiment(grid=grid), rows)["validation_accuracy"]
+    assert list(found.arm.values) == ["off", "on"]
+    assert float(found.sel(arm="on", seed=1, step=20)) == 2
+    assert protocol.chosen(grid, rows) == [
+        {"where": {"arm": "off"}, "value": 0.1},
+        {"where": {"arm": "on"}, "value": 1.1},
+    ]
+
+
 def test_what_was_concluded_of_one_program_is_unknown_of_the_others():
     rows = [
         *grid_rows(),
@@ -81,11 +94,9 @@ def test_labelled_cells_say_what_they_are():
     ]
 
 
-def searched(peaks, values=(1.0, 2.0, 4.0), extensions=2):
+def searched(peaks, values=(1.0, 2.0, 4.0), **options):
     """The search over a grid in which each arm is best at its own rate; what was tried, and what was chosen."""
-    grid = Grid(
-        None, 1, {"arm": tuple(peaks)}, {"std": (1.0, 5.0)}, Search("rate", values, seeds=2, extensions=extensions)
-    )
+    grid = Grid(None, 1, {"arm": tuple(peaks)}, {"std": (1.0, 5.0)}, Search("rate", values, seeds=2, **options))
     trials = []
 
     def train(stage, program, runs):
@@ -135,6 +146,15 @@ def test_a_named_value_of_an_axis_brings_its_numbers_into_the_run():
     stacked = loop.stacked(runs, 2)
     assert set(stacked) == {"seed", "std", "normalize", "scale"}
     np.testing.assert_array_equal(stacked["scale"], [2, 3])
+
+
+def test_values_that_do_not_train_together_give_the_same_choice():
+    peaks = {"plain": 0.01, "batch norm": 2.0}
+    chosen, _ = searched(peaks, extensions=1)
+    apart, trials = searched(peaks, extensions=1, together=False)
+    xr.testing.assert_identical(apart, chosen)
+    assert [tried for _, arm, tried in trials if arm == "plain"] == [[1], [2], [4], [0.5]]
+    assert len({stage for stage, *_ in trials}) == len(trials)
 
 
 def test_a_run_that_diverged_is_never_chosen():

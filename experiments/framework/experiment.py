@@ -54,6 +54,8 @@ class Search:
       on: the metric by whose mean over seeds is chosen; larger is better. A run that diverged counts as the worst.
       extensions: how often values may be added.
       shared: run axes along which the choice is shared: it is made at the first value and holds for all others.
+      together: whether the runs of all values train together; else value after value, which saves compiling where the
+        runs of one value are many: then they are as many as those of the result.
     """
 
     axis: str
@@ -62,6 +64,7 @@ class Search:
     on: str = "validation_accuracy"
     extensions: int = 2
     shared: tuple[str, ...] = ()
+    together: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Grid:
         names instead, each for some numbers of a run: {"arm": {"plain": {"normalize": 0}, "batch norm": ...}}.
       search: chooses the value of one further number of a run; None if nothing is chosen.
       conclude: conclude(trained) -> {name: (names of further axes, values [runs, ...])}; see `Trained`.
+      names: what the numbers of an axis of `runs` are called in the results, in rising order: {"arm": ("off", "on")}.
     """
 
     task: Callable[..., Task]
@@ -84,6 +88,7 @@ class Grid:
     runs: Mapping[str, tuple[float, ...] | Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     search: Search | None = None
     conclude: "Callable[[Trained], Mapping[str, tuple[tuple[str, ...], Any]]] | None" = None
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -44,15 +44,18 @@ def _rounded(value):
 
 def _scores(grid: Grid, wanted: Search, values, number, train) -> xr.DataArray:
     """Mean over seeds of the metric at the end, [programs' axes, runs' axes, tried values]; -inf where one diverged."""
-    axes = {**grid.runs, **{axis: _first(grid.runs[axis]) for axis in wanted.shared}, wanted.axis: values}
+    shared = {axis: _first(grid.runs[axis]) for axis in wanted.shared}
     found = []
     for program in programs_of(grid):
-        rows = train(f"search {number}: {program_name(program)}", program, runs_of(axes, wanted.seeds, FIRST_SEED))
-        metrics = stage_results(rows, tuple(axes))
-        finite = np.isfinite(metrics["loss"].isel(step=-1))
-        score = metrics[wanted.on].isel(step=-1).where(finite, -np.inf).mean("seed")
-        score = score.isel(dict.fromkeys(wanted.shared, 0), drop=True)
-        found.append(score.assign_coords(program).expand_dims(list(program)))
+        for some in [values] if wanted.together else [(value,) for value in values]:
+            axes = {**grid.runs, **shared, wanted.axis: some}
+            alone = "" if wanted.together else f", {wanted.axis} {some[0]:g}"
+            stage = f"search {number}: {program_name(program)}{alone}"
+            metrics = stage_results(train(stage, program, runs_of(axes, wanted.seeds, FIRST_SEED)), tuple(axes))
+            finite = np.isfinite(metrics["loss"].isel(step=-1))
+            score = metrics[wanted.on].isel(step=-1).where(finite, -np.inf).mean("seed")
+            score = score.isel(dict.fromkeys(wanted.shared, 0), drop=True)
+            found.append(score.assign_coords(program).expand_dims(list(program)))
     return xr.combine_by_coords([score.to_dataset(name="score") for score in found])["score"]
 
 
