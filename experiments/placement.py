@@ -35,7 +35,7 @@ from experiments.framework.tables import table_of
 from experiments.training import data, feature_maps, gaussianity, loop
 from experiments.training.placed_norm import PlacedNorm, Switches
 
-ACTIVATIONS = ("relu", "sigmoid")
+ACTIVATIONS = {"relu": {"sigmoid": 0}, "sigmoid": {"sigmoid": 1}}
 NONE, IMAGE = "no batch norm", "the image only"
 FIRST, LAST = "before the first activation", "before the last activation"
 XW, X, AFTER = "before every activation (XW + b)", "input X of every layer", "after every activation"
@@ -69,14 +69,13 @@ def switches(layers: int) -> Switches:
 
 @cache
 def task(settings: Sizes) -> loop.Task:
-    """The network with the run's "activation" and "arm", under SGD at its "rate"."""
+    """The network whose norms stand at the run's "place", with sigmoid or ReLU, under SGD at its "rate"."""
     network = PlacedNorm(jaxbn.batch_norm(decay=0.9, epsilon=1e-3), settings.layers, settings.width)
 
     def init(run: dict, key: jax.Array, x: jax.Array) -> dict:
-        arm = jax.tree.map(
-            lambda leaf: jnp.asarray(leaf, jnp.float32)[run["arm"].astype(int)], switches(settings.layers)
-        )
-        return network.init(arm._replace(sigmoid=run["activation"]), key, x)
+        place = run["place"].astype(int)
+        arm = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32)[place], switches(settings.layers))
+        return network.init(arm._replace(sigmoid=run["sigmoid"]), key, x)
 
     def metrics(run: dict, state: dict, arrays: dict) -> dict:
         seen = network.seen(state["variables"], data.pixels(arrays["test_images"][:SEEN]))
@@ -168,9 +167,9 @@ EXPERIMENT = Experiment(
         "full": Sizes(seeds=5, data="mnist", steps=50_000, interval=1000, layers=3, width=100),
     },
     grid=Grid(
-        task, 60, {}, {"activation": tuple(range(len(ACTIVATIONS))), "arm": tuple(range(len(ARMS)))},
+        task, 60, {}, {"activation": ACTIVATIONS, "arm": {arm: {"place": n} for n, arm in enumerate(ARMS)}},
         Search("rate", (0.1, 0.3, 1.0, 3.0, 10.0), extensions=1, together=False),
-        conclude=at_the_start, names={"activation": ACTIVATIONS, "arm": ARMS},
+        conclude=at_the_start,
     ),
     stages=lambda settings: [
         Stage("exact", lambda: feature_maps.measured(data.load(settings.data).train_images, settings.every_seed))

@@ -50,9 +50,9 @@ def test_metrics_of_a_grid_have_the_axes_of_its_programs_and_runs_in_order(parts
 
 
 def test_numbers_of_a_run_that_have_names_are_found_by_them():
-    grid = Grid(None, 1, {}, {"arm": (0, 1)}, Search("rate", (0.1,)), names={"arm": ("off", "on")})
-    runs = [{**run, "rate": 0.1 + run["arm"]} for run in runs_of(grid.runs, seeds=2)]
-    rows = list(rows_of("training", runs, lambda run, step: run["arm"] + run["seed"]))
+    grid = Grid(None, 1, {}, {"arm": {"off": {"on": 0}, "on": {"on": 1}}}, Search("rate", (0.1,)))
+    runs = [{**run, "rate": 0.1 + run["on"]} for run in runs_of(grid.runs, seeds=2)]
+    rows = list(rows_of("training", runs, lambda run, step: run["on"] + run["seed"]))
     found = results.results_of(experiment(grid=grid), rows)["validation_accuracy"]
     assert list(found.arm.values) == ["off", "on"]
     assert float(found.sel(arm="on", seed=1, step=20)) == 2

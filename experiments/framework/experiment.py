@@ -79,7 +79,6 @@ class Grid:
         names instead, each for some numbers of a run: {"arm": {"plain": {"normalize": 0}, "batch norm": ...}}.
       search: chooses the value of one further number of a run; None if nothing is chosen.
       conclude: conclude(trained) -> {name: (names of further axes, values [runs, ...])}; see `Trained`.
-      names: what the numbers of an axis of `runs` are called in the results, in rising order: {"arm": ("off", "on")}.
     """
 
     task: Callable[..., Task]
@@ -88,7 +87,6 @@ class Grid:
     runs: Mapping[str, tuple[float, ...] | Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     search: Search | None = None
     conclude: "Callable[[Trained], Mapping[str, tuple[tuple[str, ...], Any]]] | None" = None
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def protocol_of(
     return {
         "batch_size": grid.batch_size,
         "programs": {name: list(values) for name, values in grid.programs.items()},
-        "runs": {name: list(axes_of(grid)[name]) for name in grid.runs},
+        "runs": {name: list(values) for name, values in grid.runs.items()},
         "search": None if grid.search is None else searched(grid, rows),
         "chosen": [] if grid.search is None else chosen(grid, rows),
         "parameters": parameter_counts(grid, settings),
@@ -68,14 +68,8 @@ def chosen(grid: Grid, rows: Sequence[Mapping]) -> list[dict[str, Any]]:
         )
         cells = {tuple(run[axis] for axis in grid.runs): run[grid.search.axis] for run in own}
         for place, value in cells.items():
-            where = {axis: _name(grid, axis, number) for axis, number in zip(grid.runs, place, strict=True)}
-            found.append({"where": {**program, **where}, "value": value})
+            found.append({"where": {**program, **dict(zip(grid.runs, place, strict=True))}, "value": value})
     return found
-
-
-def _name(grid: Grid, axis: str, number: float) -> float | str:
-    """What a value of an axis of the runs is called."""
-    return grid.names[axis][sorted(grid.runs[axis]).index(number)] if axis in grid.names else number
 
 
 def parameter_counts(grid: Grid, settings: Settings) -> list[dict[str, Any]]:
