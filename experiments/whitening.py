@@ -169,7 +169,7 @@ def draw_loss(ax: Axes, settings: Sizes, r: xr.Dataset, *, seconds: bool) -> Non
         ax.set(xscale="log")
 
 
-SEARCH = Search("rate", (0.1, 0.3, 1.0, 3.0))
+SEARCH = Search("rate", (0.1, 0.3, 1.0, 3.0), least_steps=10)
 GRID = Grid(task, BATCH_SIZE, {"arm": ARMS}, search=SEARCH, conclude=correlation_of_units)
 HUANG_2018 = "Huang et al. 2018, Decorrelated Batch Normalization"
 HUANG_2019 = "Huang et al. 2019, Iterative Normalization, abstract"

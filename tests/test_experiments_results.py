@@ -8,7 +8,7 @@ import xarray as xr
 
 from experiments.framework import results
 from experiments.framework.experiment import Experiment, Grid, Search
-from experiments.framework.search import FIRST_SEED, runs_of, search, with_chosen
+from experiments.framework.search import FIRST_SEED, choose, runs_of, search, with_chosen
 from experiments.framework.tables import mean_and_std, table_of
 
 GRID = Grid(task=None, batch_size=1, programs={"arm": ("plain", "batch norm")}, runs={"rate": (2.0, 1.0)})
@@ -125,6 +125,13 @@ def test_a_run_that_diverged_is_never_chosen():
         return rows
 
     assert float(search(grid, train).sel(arm="plain")) == 2.0
+
+
+def test_a_training_of_fewer_steps_is_not_searched():
+    grid = Grid(None, 1, {"arm": ("plain", "batch norm")}, {"std": (1.0, 5.0)}, Search("rate", (1.0,), least_steps=10))
+    chosen = choose(grid, 9, None)
+    runs = with_chosen(runs_of(grid.runs, 1), chosen, {"arm": "plain"})
+    assert runs == [{"seed": 0, "std": 1.0, "rate": 1.0}, {"seed": 0, "std": 5.0, "rate": 1.0}]
 
 
 def test_runs_get_the_value_chosen_for_their_cell():

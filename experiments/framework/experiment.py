@@ -53,6 +53,8 @@ class Search:
       seeds: runs of each value; they are not used again.
       on: the metric by whose mean over seeds is chosen; larger is better. A run that diverged counts as the worst.
       extensions: how often values may be added.
+      least_steps: with fewer steps of training, as to see whether everything runs, nothing is searched and all take the
+        first value. It saves half of what is compiled.
     """
 
     axis: str
@@ -60,6 +62,7 @@ class Search:
     seeds: int = 2
     on: str = "validation_accuracy"
     extensions: int = 2
+    least_steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ EXPERIMENTS = (
     "chain",
     "placement",
     "whitening",
+    "through_statistics",
 )
 
 
