@@ -30,7 +30,7 @@ import jaxbn
 from experiments.framework.claim import Claim, Compared
 from experiments.framework.costs import step_costs
 from experiments.framework.experiment import WHAT_IT_IS, Experiment, Grid, Search, Settings, Stage, Trained
-from experiments.framework.pictures import lines, palette, panels
+from experiments.framework.pictures import COLORS, lines, panels
 from experiments.framework.results import final
 from experiments.framework.tables import table_of
 from experiments.training import loop, models
@@ -41,6 +41,14 @@ WHITENED = [FOURS, SIXTEENS, ALL, ITERATIVE]
 ARMS = (PLAIN, NORMALIZED, *WHITENED)
 BATCH_SIZE = 256
 LEARNT = 0.1  # training loss that counts as having learnt
+SHADES = {
+    PLAIN: COLORS[PLAIN],
+    NORMALIZED: COLORS[NORMALIZED],
+    FOURS: "#a6dba0",
+    SIXTEENS: "#4dac5e",
+    ALL: "#00441b",
+    ITERATIVE: "#9970ab",
+}
 FIGURES = ["rate", f"steps to loss {LEARNT:g}", "ms a step", f"seconds to loss {LEARNT:g}", "test accuracy", "|corr|"]
 
 
@@ -157,16 +165,16 @@ def figures(r: xr.Dataset) -> xr.DataArray:
 
 def draw_loss(ax: Axes, settings: Sizes, r: xr.Dataset, *, seconds: bool) -> None:
     """The training loss of every arm, by steps or by seconds."""
-    for arm, color in palette(ARMS).items():
+    for arm, color in SHADES.items():
         loss = r.loss.sel(arm=arm).rename("loss")
         if seconds:
             loss = loss.assign_coords(step=loss.step * float(r.seconds.sel(arm=arm).median()))
-        lines(ax, loss, x="step", color=color, label=arm, legend=not seconds)
-    where = "by seconds of one network" if seconds else "by training steps"
+        lines(ax, loss, x="step", color=color, label=arm, linestyle="--" if arm == ITERATIVE else "-")
     ax.axhline(LEARNT, color="black", linestyle=":", linewidth=1)
-    ax.set(yscale="log", ylabel="training loss", xlabel="seconds" if seconds else "training step", title=where)
+    ax.set(yscale="log", ylabel="training loss", xlabel="training step", title="by training steps")
     if seconds:
-        ax.set(xscale="log")
+        ax.set(xscale="log", xlabel="seconds", title="by seconds of one network")
+    ax.legend(frameon=False)
 
 
 SEARCH = Search("rate", (0.1, 0.3, 1.0, 3.0), least_steps=10)
@@ -190,8 +198,8 @@ EXPERIMENT = Experiment(
     " and only every so many steps. The papers give curves; none of their figures could be read, so none stands here.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=4, interval=2, layers=1, width=4),
-        "cpu": Sizes(seeds=5, data="mnist5k", steps=400, interval=10),
-        "full": Sizes(seeds=5, data="mnist", steps=20_000, interval=100, width=128),
+        "cpu": Sizes(seeds=8, data="mnist5k", steps=400, interval=10),
+        "full": Sizes(seeds=8, data="mnist", steps=20_000, interval=100, width=128),
     },
     grid=GRID,
     stages=stages,
