@@ -34,7 +34,7 @@ import jaxbn
 from experiments.framework.claim import Claim
 from experiments.framework.experiment import WHY_FASTER, Experiment, Grid, Search, Settings, Stage, Trained
 from experiments.framework.pictures import COLORS, lines, palette, panels
-from experiments.framework.results import final, first_step_with
+from experiments.framework.results import final, first_step_with, side_by_side
 from experiments.framework.tables import table_of
 from experiments.training import data, loop, models, predecessors
 
@@ -49,7 +49,13 @@ AFFINE = jaxbn.frozen(NORM)  # by the initial statistics, mean 0 and variance 1:
 UPDATES = 1000  # of the bias that is learned alone
 SEEN = 600  # images on which the distance from mean 0 and standard deviation 1 is measured
 mlp = partial(models.mlp, use_bias=True, activation=jax.nn.sigmoid, weights=models.normal_weights(0.1))
-FIGURES = ["rate", "test accuracy", f"steps to {LEARNT:.0%}", "size of b", "distance from mean 0, std 1"]
+FORMS = {
+    "rate": ".2g",
+    "test accuracy": ".3f",
+    f"steps to {LEARNT:.0%}": ".0f",
+    "size of b": ".2g",
+    "distance from mean 0, std 1": ".2g",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +106,7 @@ def distance_from_unit(trained: Trained) -> dict:
 @cache
 def distances(widths: tuple[int, ...]) -> Callable[[dict, jax.Array], list[jax.Array]]:
     """(variables of many runs, images) -> `jaxbn.penalty` of each hidden layer, for each run."""
-    network = mlp(widths, models.watched(AFFINE, lambda x, y: jaxbn.penalty(x)))
-    return jax.jit(jax.vmap(lambda variables, images: network.apply(variables, images, train=True)[1], (0, None)))
+    return models.look(partial(mlp, widths), AFFINE, lambda x, y: jaxbn.penalty(x))
 
 
 def stages(settings: Sizes) -> Iterator[Stage]:
@@ -156,12 +161,9 @@ def grows(r: xr.Dataset) -> xr.DataArray:
 
 
 def figures(r: xr.Dataset) -> xr.DataArray:
-    """FIGURES of each arm [figure, arm, seed]."""
-    accuracy = final(r.test_accuracy)
-    found = [r.rate, accuracy, steps_to_learn(r), final(r.bias), r.distance.mean("layer")]
-    return xr.concat(found, "figure", coords="minimal", compat="override", join="override").assign_coords(
-        figure=FIGURES
-    )
+    """What the table shows of each arm."""
+    values = r.rate, final(r.test_accuracy), steps_to_learn(r), final(r.bias), r.distance.mean("layer")
+    return side_by_side(dict(zip(FORMS, values, strict=True)))
 
 
 def draw_alone(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
@@ -269,7 +271,7 @@ EXPERIMENT = Experiment(
     tables=[
         table_of(
             "Every arm at the rate that validation chose", figures, rows=["arm"], columns="figure",
-            form=dict(zip(FIGURES, [".2g", ".3f", ".0f", ".2g", ".2g"], strict=True)),
+            form=FORMS,
             note="b: the hidden layers' bias before the normalization, root mean square; in batch norm its gradient is"
             " rounding. Distance: mean(h)^2 + (std(h) - 1)^2 of what an arm normalizes; 0 by construction where it is"
             " standardized by the batch.",

@@ -31,7 +31,7 @@ from experiments.framework.claim import Claim, Compared
 from experiments.framework.costs import step_costs
 from experiments.framework.experiment import WHAT_IT_IS, Experiment, Grid, Search, Settings, Stage, Trained
 from experiments.framework.pictures import COLORS, lines, panels
-from experiments.framework.results import final
+from experiments.framework.results import final, side_by_side
 from experiments.framework.tables import table_of
 from experiments.training import loop, models
 
@@ -49,7 +49,14 @@ SHADES = {
     ALL: "#00441b",
     ITERATIVE: "#9970ab",
 }
-FIGURES = ["rate", f"steps to loss {LEARNT:g}", "ms a step", f"seconds to loss {LEARNT:g}", "test accuracy", "|corr|"]
+FORMS = {
+    "rate": ".2g",
+    f"steps to loss {LEARNT:g}": ".0f",
+    "ms a step": ".2f",
+    f"seconds to loss {LEARNT:g}": ".3f",
+    "test accuracy": ".3f",
+    "correlation": ".3f",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +101,15 @@ def correlation_of_units(trained: Trained) -> dict:
     *hidden, _ = trained.variables["params"]
     widths = tuple(param["layer"]["kernel"].shape[-2] for param in hidden)
     images, _ = loop.take(trained.arrays, jnp.arange(BATCH_SIZE))
-    found = observed(normalizer(trained.program["arm"], widths[0]), widths)(trained.variables, images)
+    found = correlations(normalizer(trained.program["arm"], widths[0]), widths)(trained.variables, images)
     return {"correlation": (("layer",), np.stack(found, -1))}
 
 
 @cache
-def observed(norm: jaxbn.Normalizer, widths: tuple[int, ...]) -> Callable[[dict, jax.Array], list[jax.Array]]:
-    """(variables of many runs, images) -> for each hidden layer the `correlation` of each run."""
-    watched = models.watched(norm, lambda x, y: correlation(jax.nn.relu(y)))
-    network = mlp(widths, watched, use_bias=norm == jaxbn.identity())
-    return jax.jit(jax.vmap(lambda variables, images: network.apply(variables, images, train=True)[1], (0, None)))
+def correlations(norm: jaxbn.Normalizer, widths: tuple[int, ...]) -> Callable[[dict, jax.Array], list[jax.Array]]:
+    """(variables of many runs, images) -> `correlation` after the ReLU of each hidden layer, for each run."""
+    build = partial(mlp, widths, use_bias=norm == jaxbn.identity())
+    return models.look(build, norm, lambda x, y: correlation(jax.nn.relu(y)))
 
 
 def correlation(h: jax.Array) -> jax.Array:
@@ -154,13 +160,11 @@ def against_batch_norm(values: xr.DataArray) -> xr.DataArray:
 
 
 def figures(r: xr.Dataset) -> xr.DataArray:
-    """FIGURES of each arm [figure, arm, seed]."""
+    """What the table shows of each arm."""
     seconds = r.seconds.median("round").expand_dims(seed=r.seed)
-    learning = [r.rate, steps_to_learn(r), 1000 * seconds, seconds_to_learn(r)]
-    found = [*learning, final(r.test_accuracy), r.correlation.mean("layer")]
-    return xr.concat(found, "figure", coords="minimal", compat="override", join="override").assign_coords(
-        figure=FIGURES
-    )
+    learning = r.rate, steps_to_learn(r), 1000 * seconds, seconds_to_learn(r)
+    values = *learning, final(r.test_accuracy), r.correlation.mean("layer")
+    return side_by_side(dict(zip(FORMS, values, strict=True)))
 
 
 def draw_loss(ax: Axes, settings: Sizes, r: xr.Dataset, *, seconds: bool) -> None:
@@ -184,7 +188,7 @@ HUANG_2019 = "Huang et al. 2019, Iterative Normalization, abstract"
 learns = f"first measured step with a training loss of {LEARNT:g} (the last step where there is none)"
 
 EXPERIMENT = Experiment(
-    title="Whitening removes all linear relations between units: better per step, worse per second?",
+    title="Whitening removes all linear relations between units: better per step, worse per second.",
     question="Is it worth removing the correlations between units, and not only their means and variances?",
     source="Desjardins et al. 2015, Natural Neural Networks; Huang et al. 2018 and 2019",
     citation="L. Huang, D. Yang, B. Lang, J. Deng: Decorrelated Batch Normalization. CVPR 2018, arXiv:1804.08450."
@@ -263,8 +267,8 @@ EXPERIMENT = Experiment(
     tables=[
         table_of(
             "Every arm at the rate that validation chose", figures, rows=["arm"], columns="figure",
-            form=dict(zip(FIGURES, [".2g", ".0f", ".2f", ".3f", ".3f", ".3f"], strict=True)),
-            note="Seconds are those of one network of many that train one after the other. |corr|: mean absolute"
+            form=FORMS,
+            note="Seconds are those of one network of many that train one after the other. Correlation: mean absolute"
             " correlation between two units of a layer after the ReLU.",
         )
     ],

@@ -70,6 +70,12 @@ def test_the_first_step_is_unknown_where_it_is_never_reached():
     np.testing.assert_array_equal(results.first_step_with(array, 0.5), [20, np.nan])
 
 
+def test_figures_stand_side_by_side_by_name():
+    array = xr.DataArray([1.0, 2.0], {"arm": ["plain", "batch norm"]}, "arm", "loss").assign_coords(step=3)
+    found = results.side_by_side({"loss": array, "twice": 2 * array})
+    assert float(found.sel(arm="batch norm", figure="twice")) == 4
+
+
 def test_labelled_cells_say_what_they_are():
     array = xr.DataArray(
         np.zeros((2, 1, 3)), {"activation": ["relu", "sigmoid"], "std": [0.05]}, ("activation", "std", "seed")

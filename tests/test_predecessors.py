@@ -78,8 +78,10 @@ def test_a_stopped_gradient_moves_a_lone_bias_evenly_and_the_loss_not_at_all():
         u, head = (
             jax.random.normal(jax.random.key(n), shape, jnp.float64) for n, shape in ((2, (32, 4)), (3, (4, 10)))
         )
-        loss, length = predecessors.bias_alone(u, head, LABELS, stop=jnp.array(True), rate=0.1, steps=10)
-        _, still = predecessors.bias_alone(u, head, LABELS, stop=jnp.array(False), rate=0.1, steps=10)
+        alone = lambda stop: jax.device_get(
+            predecessors.bias_alone(u, head, LABELS, stop=jnp.array(stop), rate=0.1, steps=10)
+        )
+        (loss, length), (_, still) = alone(True), alone(False)
     np.testing.assert_allclose(loss, loss[0], rtol=1e-13)
     np.testing.assert_allclose(length, np.arange(11) * length[1], rtol=1e-12)
     assert still[-1] < 1e-13 * length[-1]

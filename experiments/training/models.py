@@ -177,6 +177,14 @@ def watched(norm: jaxbn.Normalizer, measure: Callable[[Array, Array], Array]) ->
     return jaxbn.Normalizer(norm.init, apply)
 
 
+def look(
+    build: Callable[[jaxbn.Normalizer], Network], norm: jaxbn.Normalizer, measure: Callable[[Array, Array], Array]
+) -> Callable[[dict, Array], list[Array]]:
+    """(variables, images) -> what `measure` finds in each layer in training mode; variables: leaves [runs, ...]."""
+    network = build(watched(norm, measure))
+    return jax.jit(jax.vmap(lambda variables, images: network.apply(variables, images, train=True)[1], (0, None)))
+
+
 def trace_shapes(layers: Sequence[Layer], x: Array) -> tuple[list[Shape], list[jax.ShapeDtypeStruct]]:
     """The kernels' shapes, and the outputs' shapes and dtypes, of layers one after the other; nothing is computed."""
     shapes, outputs = [], [jax.ShapeDtypeStruct(x.shape, x.dtype)]
