@@ -44,7 +44,8 @@ ARMS = (PLAIN, THROUGH, STOPPED, RENORMALIZED, *PENALTIES)
 PREDECESSORS = [STOPPED, RENORMALIZED, *PENALTIES]
 BATCH_SIZE = 60
 LEARNT = 0.9  # test accuracy that counts as having learnt
-NORM = jaxbn.batch_norm(decay=0.99, epsilon=1e-5)
+EPSILON = 1e-5
+NORM = jaxbn.batch_norm(decay=0.99, epsilon=EPSILON)
 AFFINE = jaxbn.frozen(NORM)  # by the initial statistics, mean 0 and variance 1: scale and bias alone
 UPDATES = 1000  # of the bias that is learned alone
 SEEN = 600  # images on which the distance from mean 0 and standard deviation 1 is measured
@@ -71,7 +72,7 @@ def task(settings: Sizes, arm: str) -> loop.Task:
     """The network of one arm under SGD at the run's "rate"."""
     build = partial(mlp, (settings.width,) * settings.layers)
     network = build({THROUGH: NORM, STOPPED: predecessors.stopped(NORM)}.get(arm, AFFINE))
-    renormalize = predecessors.renormalizing(build, NORM)
+    renormalize = predecessors.renormalizing(build, EPSILON)
     apply, loss = network.apply, loop.softmax_loss
     if arm in PENALTIES:
         apply, loss = predecessors.penalized(build, AFFINE, PENALTIES[arm])

@@ -40,7 +40,7 @@ def test_stopped_gradients_move_the_bias_and_whole_ones_do_not():
 
 
 def test_a_renormalized_network_computes_what_batch_norm_does_on_that_batch():
-    after = predecessors.renormalizing(build, NORM)(VARIABLES, IMAGES)
+    after = predecessors.renormalizing(build, 1e-5)(VARIABLES, IMAGES)
     found, _ = build(AFFINE).apply(after, IMAGES, train=True)
     expected, _ = build(NORM).apply(VARIABLES, IMAGES, train=True)
     chex.assert_trees_all_close(found, expected, atol=1e-4)  # both have epsilon

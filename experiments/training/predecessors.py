@@ -31,16 +31,16 @@ def stopped(norm: jaxbn.Normalizer) -> jaxbn.Normalizer:
     return jaxbn.Normalizer(norm.init, apply)
 
 
-def renormalizing(build: Build, norm: jaxbn.Normalizer) -> Callable[[dict, Array], dict]:
+def renormalizing(build: Build, epsilon: float) -> Callable[[dict, Array], dict]:
     """`after` of a `loop.Task`: weights and biases such that each pre-activation has mean 0, variance 1 on the batch.
 
-    `norm` is batch norm with the epsilon that is wanted.
+    Scales and biases above the pre-activations are those of `jaxbn.batch_norm`.
     """
-    measuring = build(models.watched(norm, lambda x, y: jaxbn.moments(x, 0)))
+    measuring = build(models.watched(jaxbn.batch_norm(epsilon=epsilon), lambda x, y: jaxbn.moments(x, 0)))
 
     def renormalize(layer: dict, batch: jaxbn.Moments) -> dict:
-        kernel, bias = jaxbn.renormalize_after_step(layer["kernel"], layer["bias"], batch, feature_axis=0)
-        return {"kernel": kernel, "bias": bias}
+        changed = jaxbn.renormalize_after_step(layer["kernel"], layer["bias"], batch, feature_axis=0, epsilon=epsilon)
+        return dict(zip(("kernel", "bias"), changed, strict=True))
 
     def after(variables: dict, images: Array) -> dict:
         # A batch-normalized forward pass measures each layer through those already renormalized.
