@@ -17,6 +17,8 @@ Before that, the argument of Ioffe and Szegedy's section 2 to the letter, in flo
 20 units on 256 digits, where only b is learned, with the gradient stopped at the mean and with the whole gradient.
 
 `python -m experiments run through_statistics` takes about four minutes on two cores (1,000 steps, 3,500 digits).
+By a pilot of three other seeds the claims need 3 to 9 seeds, but for that on the penalty (464, its threshold being far
+below its spread): ten.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ from matplotlib.axes import Axes
 import jaxbn
 from experiments.framework.claim import Claim
 from experiments.framework.experiment import WHY_FASTER, Experiment, Grid, Search, Settings, Stage, Trained
-from experiments.framework.pictures import COLORS, lines, palette, panels
+from experiments.framework.pictures import COLORS, lines, panels
 from experiments.framework.results import final, first_step_with, side_by_side
 from experiments.framework.tables import table_of
 from experiments.training import data, loop, models, predecessors
@@ -50,9 +52,18 @@ AFFINE = jaxbn.frozen(NORM)  # by the initial statistics, mean 0 and variance 1:
 UPDATES = 1000  # of the bias that is learned alone
 SEEN = 600  # images on which the distance from mean 0 and standard deviation 1 is measured
 mlp = partial(models.mlp, use_bias=True, activation=jax.nn.sigmoid, weights=models.normal_weights(0.1))
+SHADES = {
+    PLAIN: COLORS[PLAIN],
+    THROUGH: COLORS[THROUGH],
+    STOPPED: "#222222",
+    RENORMALIZED: "#e69f00",
+    "penalty 0.1": "#4dac5e",
+    "penalty 1": "#9970ab",
+}
 FORMS = {
     "rate": ".2g",
     "test accuracy": ".3f",
+    "steps to 80%": ".0f",
     f"steps to {LEARNT:.0%}": ".0f",
     "size of b": ".2g",
     "distance from mean 0, std 1": ".2g",
@@ -163,37 +174,36 @@ def grows(r: xr.Dataset) -> xr.DataArray:
 
 def figures(r: xr.Dataset) -> xr.DataArray:
     """What the table shows of each arm."""
-    values = r.rate, final(r.test_accuracy), steps_to_learn(r), final(r.bias), r.distance.mean("layer")
+    learning = r.rate, final(r.test_accuracy), first_step_with(r.test_accuracy, 0.8), steps_to_learn(r)
+    values = *learning, final(r.bias), r.distance.mean("layer")
     return side_by_side(dict(zip(FORMS, values, strict=True)))
 
 
 def draw_alone(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """Length of b and loss while b is learned alone."""
-    stop = r.sel(gradient=STOPPED)
-    lines(ax, stop.alone_length, x="update", color=COLORS["plain"], label="length of b, gradient stopped")
-    lines(ax, stop.alone_loss, x="update", color="black", linestyle="--", label="loss, gradient stopped")
-    whole = r.alone_length.sel(gradient=THROUGH)
-    lines(ax, whole, x="update", color=COLORS["batch norm"], label="length of b, whole gradient")
-    ax.set(xlabel="gradient step", ylabel="length, or loss", title="A bias before the mean is subtracted")
-    ax.legend(frameon=False)
+    r = r.isel(update=slice(1, None))  # b starts at 0, which a logarithmic axis has not
+    stop, whole = r.sel(gradient=STOPPED), r.sel(gradient=THROUGH)
+    lines(ax, stop.alone_length, x="update", color=SHADES[STOPPED], label="length of b, gradient stopped")
+    lines(ax, stop.alone_loss, x="update", color=SHADES[STOPPED], linestyle="--", label="loss, gradient stopped")
+    lines(ax, whole.alone_length, x="update", color=SHADES[THROUGH], label="length of b, whole gradient: rounding")
+    ax.set(yscale="log", xlabel="gradient step", ylabel="length, or loss", title="A bias before the mean is subtracted")
+    ax.legend(frameon=False, loc="center right")
 
 
 def draw_accuracy(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """Test accuracy of every arm."""
-    lines(ax, r.test_accuracy, x="step", hue="arm", palette=palette(ARMS), style="arm")
+    lines(ax, r.test_accuracy, x="step", hue="arm", palette=SHADES, style="arm", errorbar=None)
     ax.set(xlabel="training step", ylabel="test accuracy", ylim=(0, 1.02), title="Whole networks")
     ax.legend(frameon=False)
 
 
 def draw_delivered(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """What the normalization leaves of the decrease that a step forecasts."""
-    colors = palette(ARMS)
     for arm in (STOPPED, RENORMALIZED):
-        lines(ax, r.delivered.sel(arm=arm), x="step", color=colors[arm], label=arm)
-    ax.axhline(1, color=colors[THROUGH], linestyle="--", label=THROUGH)
-    ax.set(xlabel="training step", ylabel="share of the forecast decrease", title="What normalizing leaves of a step")
-    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
-    ax.legend(frameon=False)
+        lines(ax, 100 * r.delivered.sel(arm=arm), x="step", color=SHADES[arm], label=arm)
+    ax.set(xlabel="training step", ylabel="% of the forecast decrease of the loss")
+    ax.set_title("What normalizing leaves of a step")
+    ax.legend(title="batch norm: 100%", frameon=False, loc="upper left")
 
 
 SEARCH = Search("rate", (0.1, 0.3, 1.0, 3.0), least_steps=10)
@@ -209,12 +219,25 @@ EXPERIMENT = Experiment(
     " C. Szegedy: Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift."
     " ICML 2015, arXiv:1502.03167.",
     theme=WHY_FASTER,
+    answer="Because otherwise a step promises what the normalization undoes: a bias that is learned with stopped"
+    " gradients grows in proportion to the steps while the loss stands still, and in whole networks only 0.3% of the"
+    " decrease that the gradient forecasts is left. Batch norm ended 2 to 7 points more accurate than the three"
+    " predecessors, although renormalizing after each step was the first at 80%, and a network without any"
+    " normalization ended as accurate.",
+    reader_questions={
+        "May I stop the gradient at the batch's mean and variance to save computation?": "Better not: with a rate"
+        " searched for each, the network with stopped gradients was 7 points less accurate after 1,000 steps, at a"
+        " thirtieth of the rate. Its weights and biases move mostly in directions that the normalization undoes.",
+        "Why not simply ask for normalized activations in the loss?": "A penalty leaves them unnormalized: with either"
+        " weight mean(h)^2 + (std(h) - 1)^2 was still about 0.3 at the end. The networks were 4 to 6 points less"
+        " accurate than with batch norm, and than without anything.",
+    },
     differs="Neither source has a protocol or figures for these arms: the book names the earlier approaches without"
     " formulas, the paper argues with a bias alone. The penalty is ours (two weights); renormalizing uses the batch.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=4, interval=2, layers=1, width=8),
-        "cpu": Sizes(seeds=5, data="mnist5k", steps=1000, interval=50),
-        "full": Sizes(seeds=5, data="mnist", steps=50_000, interval=250),
+        "cpu": Sizes(seeds=10, data="mnist5k", steps=1000, interval=50),
+        "full": Sizes(seeds=10, data="mnist", steps=50_000, interval=250),
     },
     grid=GRID,
     stages=stages,
@@ -273,19 +296,19 @@ EXPERIMENT = Experiment(
         table_of(
             "Every arm at the rate that validation chose", figures, rows=["arm"], columns="figure",
             form=FORMS,
-            note="b: the hidden layers' bias before the normalization, root mean square; in batch norm its gradient is"
-            " rounding. Distance: mean(h)^2 + (std(h) - 1)^2 of what an arm normalizes; 0 by construction where it is"
-            " standardized by the batch.",
+            note=f"Steps to {LEARNT:.0%}: the last one where a network does not get there. b: the hidden layers' bias"
+            " before the normalization, root mean square; in batch norm its gradient is rounding. Distance: mean(h)^2 +"
+            " (std(h) - 1)^2 of what an arm normalizes; 0 by construction where it is standardized by the batch.",
         )
     ],
     pictures=[
         panels(
             draw_alone, draw_accuracy, draw_delivered, file="through_statistics.png",
             title="Why does batch norm back-propagate through the mean and the variance?",
-            caption="Lines: means of the seeds; bands: their range. Left: one layer of which only the bias is learned,"
-            " and its mean is subtracted: a gradient that ignores the mean moves the bias for nothing. Middle: MLP with"
-            " sigmoids on digits, each arm at the rate that validation chose. Right: of the decrease of the loss that"
-            " the gradient forecasts, the share that is left once the layers are normalized again.",
+            caption="Lines: means of the seeds; bands: their range (none in the middle). Left: one layer of which only"
+            " the bias is learned, before the mean is subtracted: a gradient that ignores the mean moves the bias for"
+            " nothing. Middle: MLP with sigmoids on digits, each arm at the rate that validation chose. Right: of the"
+            " decrease of the loss that the gradient forecasts, what is left once the layers are normalized again.",
         )
     ],
 )  # fmt: skip
