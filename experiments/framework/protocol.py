@@ -11,8 +11,10 @@ import xarray as xr
 
 from experiments.framework.experiment import Experiment, Grid, Settings
 from experiments.framework.results import axes_of, final, program_name, programs_of
+from experiments.framework.search import runs_of
 from experiments.framework.tables import Table, mean_and_std
 from experiments.training import data
+from experiments.training.loop import numbers_of
 
 MOST_ROWS = 60  # of the table of validation beside test
 
@@ -39,7 +41,7 @@ def protocol_of(
     return {
         "batch_size": grid.batch_size,
         "programs": {name: list(values) for name, values in grid.programs.items()},
-        "runs": {name: list(values) for name, values in grid.runs.items()},
+        "runs": {name: list(axes_of(grid)[name]) for name in grid.runs},
         "search": None if grid.search is None else searched(grid, rows),
         "chosen": [] if grid.search is None else chosen(grid, rows),
         "parameters": parameter_counts(grid, settings),
@@ -66,14 +68,20 @@ def chosen(grid: Grid, rows: Sequence[Mapping]) -> list[dict[str, Any]]:
         )
         cells = {tuple(run[axis] for axis in grid.runs): run[grid.search.axis] for run in own}
         for place, value in cells.items():
-            found.append({"where": {**program, **dict(zip(grid.runs, place, strict=True))}, "value": value})
+            where = {axis: _name(grid, axis, number) for axis, number in zip(grid.runs, place, strict=True)}
+            found.append({"where": {**program, **where}, "value": value})
     return found
+
+
+def _name(grid: Grid, axis: str, number: float) -> float | str:
+    """What a value of an axis of the runs is called."""
+    return grid.names[axis][sorted(grid.runs[axis]).index(number)] if axis in grid.names else number
 
 
 def parameter_counts(grid: Grid, settings: Settings) -> list[dict[str, Any]]:
     """The number of trained parameters of each program, over the axes on which it depends; nothing is computed."""
     shape = data.load(settings.data).train_images.shape[1:]
-    run = {"seed": 0, **{name: values[0] for name, values in grid.runs.items()}}
+    run = numbers_of(runs_of(grid.runs, 1)[0])
     run |= {grid.search.axis: grid.search.values[0]} if grid.search else {}
     counts = {}
     for program in programs_of(grid):

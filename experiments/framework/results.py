@@ -26,8 +26,8 @@ def results_of(experiment: Experiment, rows: Sequence[Mapping]) -> xr.Dataset:
 
 
 def axes_of(grid: Grid) -> dict[str, tuple]:
-    """The axes of a grid in the order in which they were written."""
-    return {**grid.programs, **grid.runs}
+    """The axes of a grid in the order in which they were written, by the names of their values where they have some."""
+    return {**grid.programs, **grid.runs, **grid.names}
 
 
 def programs_of(grid: Grid) -> list[dict]:
@@ -45,7 +45,7 @@ def grid_results(grid: Grid, rows: Sequence[Mapping]) -> Iterable[xr.Dataset]:
     for program in programs_of(grid):
         own = [row for row in rows if row.get("stage") == program_name(program)]
         if own:
-            found = stage_results(own, tuple(grid.runs))
+            found = stage_results(own, tuple(grid.runs)).assign_coords({a: list(n) for a, n in grid.names.items()})
             yield found.assign_coords(program).expand_dims(list(program))
 
 

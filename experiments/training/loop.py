@@ -84,7 +84,7 @@ def check_data(task: Task, schedule: Schedule, run: dict, dataset: Dataset) -> N
         return
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     try:
-        variables = jax.eval_shape(lambda run: task.init(run, jax.random.key(0), images), run)
+        variables = jax.eval_shape(lambda run: task.init(run, jax.random.key(0), images), numbers_of(run))
         jax.eval_shape(partial(task.apply, train=True), variables, images)
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -263,5 +263,10 @@ def stacked(runs: list[dict], size: int) -> dict[str, Array]:
     filled = [*runs, *runs[-per_seed:] * ((size - len(runs)) // per_seed)]
     return {
         name: jnp.asarray([run[name] for run in filled], jnp.int32 if name == "seed" else jnp.float32)
-        for name in runs[0]
+        for name in numbers_of(runs[0])
     }
+
+
+def numbers_of(run: dict) -> dict:
+    """A run without the words in it, which are names for the numbers beside them."""
+    return {name: value for name, value in run.items() if not isinstance(value, str)}
