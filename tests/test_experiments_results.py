@@ -8,7 +8,7 @@ import xarray as xr
 
 from experiments.framework import protocol, results
 from experiments.framework.experiment import Experiment, Grid, Search
-from experiments.framework.search import FIRST_SEED, runs_of, search, with_chosen
+from experiments.framework.search import FIRST_SEED, choose, runs_of, search, with_chosen
 from experiments.framework.tables import mean_and_std, table_of
 from experiments.training import loop
 
@@ -82,6 +82,12 @@ def test_stages_are_put_together_along_what_they_differ_in():
 def test_the_first_step_is_unknown_where_it_is_never_reached():
     array = xr.DataArray([[0.1, 0.9, 0.8], [0.1, 0.2, 0.3]], {"step": [10, 20, 30]}, ("seed", "step"))
     np.testing.assert_array_equal(results.first_step_with(array, 0.5), [20, np.nan])
+
+
+def test_figures_stand_side_by_side_by_name():
+    array = xr.DataArray([1.0, 2.0], {"arm": ["plain", "batch norm"]}, "arm", "loss").assign_coords(step=3)
+    found = results.side_by_side({"loss": array, "twice": 2 * array})
+    assert float(found.sel(arm="batch norm", figure="twice")) == 4
 
 
 def test_labelled_cells_say_what_they_are():
@@ -166,6 +172,13 @@ def test_a_run_that_diverged_is_never_chosen():
         return rows
 
     assert float(search(grid, train).sel(arm="plain")) == 2.0
+
+
+def test_a_training_of_fewer_steps_is_not_searched():
+    grid = Grid(None, 1, {"arm": ("plain", "batch norm")}, {"std": (1.0, 5.0)}, Search("rate", (1.0,), least_steps=10))
+    chosen = choose(grid, 9, None)
+    runs = with_chosen(runs_of(grid.runs, 1), chosen, {"arm": "plain"})
+    assert runs == [{"seed": 0, "std": 1.0, "rate": 1.0}, {"seed": 0, "std": 5.0, "rate": 1.0}]
 
 
 def test_runs_get_the_value_chosen_for_their_cell():

@@ -56,6 +56,8 @@ class Search:
       shared: run axes along which the choice is shared: it is made at the first value and holds for all others.
       together: whether the runs of all values train together; else value after value, which saves compiling where the
         runs of one value are many: then they are as many as those of the result.
+      least_steps: with fewer steps of training, as to see whether everything runs, nothing is searched and all take the
+        first value. It saves half of what is compiled.
     """
 
     axis: str
@@ -65,6 +67,7 @@ class Search:
     extensions: int = 2
     shared: tuple[str, ...] = ()
     together: bool = True
+    least_steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ EXPERIMENTS = (
     "chain",
     "placement",
     "reparameterization",
+    "whitening",
+    "through_statistics",
 )
 
 

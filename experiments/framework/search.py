@@ -14,6 +14,16 @@ FIRST_SEED = 10_000  # seeds of a search; those of the result count from 0
 Train = Callable[[str, dict, list[dict]], Sequence[Mapping]]  # train(stage, program, runs) -> rows of the stage
 
 
+def choose(grid: Grid, steps: int, train: Train) -> xr.DataArray:
+    """What `search` finds; the first value for all where a training of so few `steps` is not to be searched."""
+    wanted = grid.search
+    if steps >= wanted.least_steps:
+        return search(grid, train)
+    axes = {**grid.programs, **grid.runs}
+    first = np.full([len(values) for values in axes.values()], wanted.values[0])
+    return xr.DataArray(first, {name: list(values) for name, values in axes.items()}, name=wanted.axis)
+
+
 def search(grid: Grid, train: Train) -> xr.DataArray:
     """The value that each program takes in each cell of the runs' axes: [programs' axes, runs' axes].
 

@@ -47,6 +47,7 @@ class Task(NamedTuple):
     # metrics(run, state, arrays) -> {name: scalar}, measured with the accuracies; state: {"variables", "optimizer"} of
     # one run, arrays: of `on_device`
     metrics: Callable | None = None
+    after: Callable | None = None  # after(variables, images) -> variables: changes them once the optimizer has stepped
 
 
 class Schedule(NamedTuple):
@@ -138,8 +139,9 @@ def train_step(task: Task, run: dict, state: dict, images: Array, labels: Array)
     params = state["variables"]["params"]
     (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, optimizer = task.optimizer(run).update(gradient, state["optimizer"], params)
-    params = optax.apply_updates(params, updates)
-    return {"variables": {"params": params, "batch_stats": batch_stats}, "optimizer": optimizer}, loss
+    variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
+    variables = variables if task.after is None else task.after(variables, images)
+    return {"variables": variables, "optimizer": optimizer}, loss
 
 
 def is_right(apply: Callable, variables: dict, images: Array, labels: Array) -> Array:

@@ -163,6 +163,28 @@ def stack(
     return Network(init, apply)
 
 
+def watched(norm: jaxbn.Normalizer, measure: Callable[[Array, Array], Array]) -> jaxbn.Normalizer:
+    """The normalizer with `measure(input, output)` in place of its moved statistics: to look into a network.
+
+    The second thing that a network built with it returns is then a list of what was measured in each layer. Its
+    variables are those of a network built with `norm`.
+    """
+
+    def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, Array]:
+        y, _ = norm.apply(variables, x, train=train)
+        return y, measure(x, y)
+
+    return jaxbn.Normalizer(norm.init, apply)
+
+
+def look(
+    build: Callable[[jaxbn.Normalizer], Network], norm: jaxbn.Normalizer, measure: Callable[[Array, Array], Array]
+) -> Callable[[dict, Array], list[Array]]:
+    """(variables, images) -> what `measure` finds in each layer in training mode; variables: leaves [runs, ...]."""
+    network = build(watched(norm, measure))
+    return jax.jit(jax.vmap(lambda variables, images: network.apply(variables, images, train=True)[1], (0, None)))
+
+
 def trace_shapes(layers: Sequence[Layer], x: Array) -> tuple[list[Shape], list[jax.ShapeDtypeStruct]]:
     """The kernels' shapes, and the outputs' shapes and dtypes, of layers one after the other; nothing is computed."""
     shapes, outputs = [], [jax.ShapeDtypeStruct(x.shape, x.dtype)]
