@@ -20,6 +20,7 @@ EXPERIMENTS = (
     "reparameterization",
     "whitening",
     "through_statistics",
+    "landscape",
 )
 
 
