@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments.training import rate_and_decay
-from experiments.training.rate_and_decay import ARMS, AT, DECAY, GROWING, HELD, NONE, REPLAYED
+from experiments.training.rate_and_decay import ARMS, DECAY, DECAYING, GROWING, HELD, NONE, REPLAYED
 
 RATE, SHRINK, STEPS = 0.5, 0.95, 100
 
@@ -18,31 +18,35 @@ def quotient(w):
 
 @pytest.fixture(scope="module")
 def directions():
-    """The rows' directions after STEPS of every arm, [arms, units, inputs]."""
+    """The rows' directions after STEPS, [units, inputs], by arm."""
     with jax.enable_x64(True):
-        weights = rate_and_decay.start(0, {"w": np.random.default_rng(0).normal(size=(3, 5))})
+        weights = rate_and_decay.start(0, {"w": np.random.default_rng(0).normal(size=(3, 5))}, ARMS)
         gradient = jax.jit(jax.vmap(jax.grad(quotient)))
         for growing in rate_and_decay.growing_rates(RATE, SHRINK, STEPS):
             weights = rate_and_decay.descend(
-                weights, {"w": gradient(weights["w"])}, frozenset({"w"}), jnp.float64(RATE), SHRINK, growing
+                weights,
+                {"w": gradient(weights["w"])},
+                frozenset({"w"}),
+                ARMS,
+                *map(jnp.float64, (RATE, SHRINK, growing)),
             )
         w = np.asarray(weights["w"])
-        return w / np.linalg.norm(w, axis=-1, keepdims=True)
+        return dict(zip(ARMS, w / np.linalg.norm(w, axis=-1, keepdims=True), strict=True))
 
 
 @pytest.mark.parametrize(("arm", "reference"), [(GROWING, DECAY), (REPLAYED, DECAY), (HELD, NONE)])
 def test_a_replacement_takes_the_same_directions(directions, arm, reference):
-    np.testing.assert_allclose(directions[AT[arm]], directions[AT[reference]], atol=1e-10)  # rounding of 100 steps
+    np.testing.assert_allclose(directions[arm], directions[reference], atol=1e-10)  # rounding of 100 steps
 
 
 def test_decay_takes_other_directions_than_no_decay(directions):
-    assert np.abs(directions[AT[DECAY]] - directions[AT[NONE]]).max() > 1e-3
+    assert np.abs(directions[DECAY] - directions[NONE]).max() > 1e-3
 
 
 def test_a_leaf_that_is_not_free_has_one_rate_and_decays_where_the_arm_does():
     ones = {"w": jnp.ones((len(ARMS), 2, 3))}
-    moved = rate_and_decay.descend(ones, ones, frozenset(), jnp.float32(0.25), jnp.float32(0.5), jnp.float32(9))["w"]
-    np.testing.assert_array_equal(moved[:, 0, 0], np.where(rate_and_decay.DECAYING, 0.25, 0.75))
+    moved = rate_and_decay.descend(ones, ones, frozenset(), ARMS, *map(jnp.float32, (0.25, 0.5, 9)))["w"]
+    np.testing.assert_array_equal(moved[:, 0, 0], [0.25 if arm in DECAYING else 0.75 for arm in ARMS])
 
 
 def test_the_growing_rate_leaves_float32_where_forecast():

@@ -32,9 +32,8 @@ ARMS = DECAY, GROWING, NONE, REPLAYED, HELD, NUDGED = (
     "held rate",
     "nudged",
 )
-REFERENCE = {HELD: NONE}  # the arm whose outputs those of an arm are compared with; DECAY where not given
-DECAYING = np.array([arm in (DECAY, HELD, NUDGED) for arm in ARMS])
-AT = {arm: number for number, arm in enumerate(ARMS)}
+REFERENCE = {HELD: NONE}  # whose outputs those of an arm are compared with; DECAY where not given
+DECAYING = (DECAY, HELD, NUDGED)
 
 
 def growing_rates(rate: float, shrink: float, steps: int) -> np.ndarray:
@@ -47,39 +46,44 @@ def last_step_in_range(rate: float, shrink: float, dtype: Any) -> float:
     return float(np.log(float(jnp.finfo(dtype).max) / rate) / (-2 * np.log(shrink)) - 0.5)
 
 
-def start(seed: int, weights: Any) -> Any:
+def start(seed: int, weights: Any, arms: tuple[str, ...]) -> Any:
     """The weights of every arm, leaves [arms, ...]: equal, but for those of NUDGED."""
     draw = np.random.default_rng(seed)
 
     def spread(leaf: np.ndarray) -> np.ndarray:
         nudged = leaf * (1 + np.finfo(leaf.dtype).eps * draw.choice([-1, 1], leaf.shape)).astype(leaf.dtype)
-        return np.stack([nudged if arm == NUDGED else leaf for arm in ARMS])
+        return np.stack([nudged if arm == NUDGED else leaf for arm in arms])
 
     return jax.tree.map(spread, weights)
 
 
-def rates(square: Array, rate: Array, shrink: Array, growing: Array) -> Array:
+def rates(square: Array, arms: tuple[str, ...], rate: Array, shrink: Array, growing: Array) -> Array:
     """The rate of every unit: [arms, units].
 
     Args:
       square: [arms, units], |w|^2.
+      arms: their names.
       rate: [], r.
       shrink: [], a.
       growing: [], r a^-(2 t + 1).
     """
-    fixed = jnp.full_like(square[0], rate)
-    by_arm = {
-        GROWING: jnp.full_like(square[0], growing),
-        REPLAYED: fixed / shrink * square[AT[REPLAYED]] / square[AT[DECAY]],
-        HELD: fixed * shrink * square[AT[HELD]] / square[AT[NONE]],
-    }
-    return jnp.stack([by_arm.get(arm, fixed) for arm in ARMS])
+    of, fixed = dict(zip(arms, square, strict=True)), jnp.full_like(square[0], rate)
+
+    def one(arm: str) -> Array:
+        if arm == GROWING:
+            return jnp.full_like(fixed, growing)
+        if arm == REPLAYED:
+            return fixed / shrink * of[REPLAYED] / of[DECAY]
+        return fixed * shrink * of[HELD] / of[NONE] if arm == HELD else fixed
+
+    return jnp.stack([one(arm) for arm in arms])
 
 
 def descend(
     weights: dict[str, Array],
     gradient: dict[str, Array],
     free: frozenset[str],
+    arms: tuple[str, ...],
     rate: Array,
     shrink: Array,
     growing: Array,
@@ -91,6 +95,7 @@ def descend(
       gradient: likewise.
       free: the leaves, [arms, units, inputs], that are treated as if the loss did not depend on the size of their rows.
         Others have the rate r in every arm, and shrink where the arm decays.
+      arms: their names.
       rate: [], r.
       shrink: [], a.
       growing: [], r a^-(2 t + 1).
@@ -98,17 +103,22 @@ def descend(
 
     def one(path: str) -> Array:
         w, g = weights[path], gradient[path]
-        factor = jnp.where(jnp.asarray(DECAYING), shrink, 1).astype(w.dtype).reshape(-1, *(1,) * (w.ndim - 1))
-        by_unit = rates(jnp.sum(w**2, -1), rate, shrink, growing)[..., None] if path in free else rate
-        return factor * w - by_unit * g
+        by_unit = rates(jnp.sum(w**2, -1), arms, rate, shrink, growing)[..., None] if path in free else rate
+        return factors(arms, shrink).reshape(-1, *(1,) * (w.ndim - 1)) * w - by_unit * g
 
     return {path: one(path) for path in weights}
 
 
-@partial(jax.jit, static_argnames=("apply", "whole"))
+def factors(arms: tuple[str, ...], shrink: Array) -> Array:
+    """What a step leaves of the weights: [arms]."""
+    return jnp.where(jnp.asarray([arm in DECAYING for arm in arms]), shrink, jnp.ones_like(shrink))
+
+
+@partial(jax.jit, static_argnames=("apply", "whole", "arms"))
 def train(
     apply: Callable,
     whole: bool,
+    arms: tuple[str, ...],
     variables: dict,
     index: Array,
     arrays: dict,
@@ -121,6 +131,7 @@ def train(
     Args:
       apply: of an MLP of `models`, for images of half the height and width.
       whole: whether scales, biases and the last layer are trained, and decay, beside the weights of hidden layers.
+      arms: some of ARMS, and the arms that they refer to.
       variables: to start from, see `start`: leaves [arms, ...].
       index: [intervals, steps, batch], the examples of each batch.
       arrays: of `loop.on_device`.
@@ -130,8 +141,9 @@ def train(
 
     Returns:
       "loss" on training batches; "apart", from the reference's outputs on the test images, see `apart`; "accuracy" on
-      test normalized by its own statistics, and "running_accuracy" by the running ones; "effective_rate" of the step
-      to come, over a where the arm decays, and "size", |w|, geometric means over the units.
+      test normalized by its own statistics; "effective_rate" of the step to come, over a where the arm decays, and
+      "size", |w|, geometric means over the units. "running_accuracy", by the running statistics at the end, is
+      [decays, arms].
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(variables["params"])
     params = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -157,20 +169,24 @@ def train(
         def one_decay(state: tuple, shrink: Array, growing: Array) -> tuple[tuple, Array]:
             slope = jax.value_and_grad(loss, has_aux=True)
             (value, batch_stats), gradient = jax.vmap(slope, (0, 0, None, None))(*state, x, labels)
-            return (descend(state[0], gradient, free, rate, shrink, growing), batch_stats), value
+            return (descend(state[0], gradient, free, arms, rate, shrink, growing), batch_stats), value
 
         return jax.vmap(one_decay)(state, shrink, growing)
 
+    def accuracy(logits: Array) -> Array:
+        return jnp.mean(jnp.argmax(logits, -1) == arrays["test_labels"][None], -1)
+
+    def outputs(state: tuple, train: bool) -> Array:
+        return jax.vmap(lambda weights, batch_stats: forward(weights, batch_stats, test, train)[0])(*state)
+
     def measure(state: tuple, shrink: Array, growing: Array) -> dict[str, Array]:
-        outputs, running = (jax.vmap(lambda w, s, m=m: forward(w, s, test, m)[0])(*state) for m in (True, False))
+        logits = outputs(state, True)
+        of = dict(zip(arms, logits, strict=True))
         square = jnp.concatenate([jnp.sum(state[0][path] ** 2, -1) for path in sorted(free)], -1)
-        turning = rates(square, rate, shrink, growing / shrink**2) / square
-        turning = jnp.where(jnp.asarray(DECAYING)[:, None], turning / shrink, turning)
-        right = [jnp.mean(jnp.argmax(logits, -1) == arrays["test_labels"][None], -1) for logits in (outputs, running)]
+        turning = rates(square, arms, rate, shrink, growing / shrink**2) / square / factors(arms, shrink)[:, None]
         return {
-            "apart": jnp.stack([apart(outputs[AT[arm]], outputs[AT[REFERENCE.get(arm, DECAY)]]) for arm in ARMS]),
-            "accuracy": right[0],
-            "running_accuracy": right[1],
+            "apart": jnp.stack([apart(of[arm], of[REFERENCE.get(arm, DECAY)]) for arm in arms]),
+            "accuracy": accuracy(logits),
             "effective_rate": jnp.exp(jnp.mean(jnp.log(turning), -1)),
             "size": jnp.exp(jnp.mean(jnp.log(square), -1) / 2),
         }
@@ -181,7 +197,8 @@ def train(
 
     begun = trained, variables["batch_stats"]
     begun = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(shrink), *leaf.shape)), begun)
-    return lax.scan(interval, begun, (index, growing))[1]
+    ended, found = lax.scan(interval, begun, (index, growing))
+    return {**found, "running_accuracy": jax.vmap(lambda state: accuracy(outputs(state, False)))(ended)}
 
 
 def apart(a: Array, b: Array) -> Array:
