@@ -18,6 +18,7 @@ EXPERIMENTS = (
     "chain",
     "placement",
     "effective_rate",
+    "affine_only",
 )
 
 
