@@ -31,16 +31,12 @@ from experiments.framework.pictures import lines, palette, panels
 from experiments.framework.results import final, stage_results
 from experiments.framework.search import search
 from experiments.framework.tables import table_of
-from experiments.training import data, loop, models, resnet
+from experiments.training import data, loop, models, partly, resnet
 
 BATCH_SIZE = 64
-ARMS = ALL, AFFINE, BARE, RANDOM, LAST = (
-    "everything",
-    "scale and bias",
-    "scale and bias, no decay",
-    "random weights",
-    "last layer",
-)
+ALL, AFFINE, BARE = "everything", "scale and bias", "scale and bias, no decay"
+RANDOM, LAST = "random weights", "last layer"
+ARMS = (ALL, AFFINE, BARE, RANDOM, LAST)
 SEARCH = Search("rate", (0.03, 0.1, 0.3), seeds=1)
 OFF = 0.01  # |scale| of a feature that counts as switched off
 PUBLISHED_OFF, SOURCE_STEPS = 1 / 3, 62_400
@@ -75,14 +71,14 @@ def network_of(settings: Sizes, norm: jaxbn.Normalizer) -> models.Network:
 
 @cache
 def task(settings: Sizes) -> loop.Task:
-    """One program for all arms: a run's "trained" says which params move, leaf by leaf."""
+    """One program for all arms: a run's "marks" say which params move."""
     network = network_of(settings, NORM)
 
     def optimizer(run: dict) -> optax.GradientTransformation:
         dropped = {settings.steps // 2: 0.1, settings.steps * 3 // 4: 0.1}
-        moving = optax.stateless(lambda updates, _: jax.tree.map(lambda u, moves: u * moves, updates, run["trained"]))
         rate = optax.piecewise_constant_schedule(run["rate"], dropped)
-        return optax.chain(optax.add_decayed_weights(run["decay"]), moving, optax.sgd(rate, momentum=0.9))
+        decayed = optax.add_decayed_weights(run["decay"])
+        return optax.chain(decayed, partly.moving(run["marks"]), optax.sgd(rate, momentum=0.9))
 
     return loop.Task(
         lambda run, key, x: network.init(key, x), network.apply, optimizer, metrics=partial(features, settings)
@@ -112,44 +108,31 @@ def features(settings: Sizes, run: dict, state: dict, arrays: dict) -> dict[str,
     return {"off": jnp.mean(size < OFF), "silent": jnp.mean(below_relu <= 0), "accuracy_without": accuracy}
 
 
-def trained_of(arm: str, seed: int, params: dict) -> dict:
-    """Which params an arm trains: a tree of float32, 1 where it does and 0 where not."""
-    draw = np.random.default_rng(seed)
-
-    def one(path: tuple, leaf: np.ndarray) -> np.ndarray:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if arm == RANDOM and name.endswith("kernel") and not name.startswith("head/"):
-            order = draw.random(leaf.shape).reshape(-1, leaf.shape[-1]).argsort(0).argsort(0)
-            return (order < PER_FILTER).reshape(leaf.shape).astype(np.float32)
-        chosen = {ALL: True, AFFINE: "norm/" in name, BARE: "norm/" in name, LAST: name.startswith("head/")}
-        return np.full(leaf.shape, chosen.get(arm, False), np.float32)
-
-    return jax.tree_util.tree_map_with_path(one, params)
+def marks_of(arm: str, seed: int, params: dict) -> dict:
+    """Marks of what an arm trains."""
+    if arm == RANDOM:
+        return partly.mark_at_random(params, lambda path: "kernel" in path and "head" not in path, PER_FILTER, seed)
+    part = {ALL: "", AFFINE: "norm/", BARE: "norm/", LAST: "head/"}[arm]
+    return partly.mark(params, lambda path: part in path)
 
 
-def train(settings: Sizes, stage: str, program: Mapping, runs: Sequence[Mapping]) -> list[dict]:
-    """Train runs of one arm one by one, all by the same compiled program; the rows that a grid would record."""
+def train(settings: Sizes, stage: str, program: Mapping, runs: Sequence[dict]) -> list[dict]:
+    """Train runs of one arm; the rows that a grid would record."""
     arm, arrays = program["arm"], loop.on_device(data.load(settings.data))
-    programs = loop.compile_grid(task(settings), loop.Schedule(settings.steps, settings.interval, BATCH_SIZE))
-    rows = [{"stage": stage, "runs": list(runs)}]
-    for number, run in enumerate(runs):
-        states = jax.tree.map(jnp.asarray, begun(settings, run["seed"]))
-        moves = trained_of(arm, run["seed"], jax.tree.map(lambda leaf: leaf[0], states["variables"]["params"]))
-        one = loop.stacked([{**run, "decay": 0.0 if arm == BARE else settings.decay}], 1)
-        one["trained"] = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], moves)
-        for step in range(0, settings.steps, settings.interval):
-            states, loss = programs.advance(states, one, arrays, step)
-            found = jax.device_get({"loss": loss, **programs.evaluate(states, one, arrays)})
-            rows.append({"stage": stage, "first": number, "step": step + settings.interval, **found})
-    return rows
+    schedule = loop.Schedule(settings.steps, settings.interval, BATCH_SIZE)
+
+    def further(seed: int, params: dict) -> dict:
+        return {"marks": marks_of(arm, seed, params), "decay": np.float32(0 if arm == BARE else settings.decay)}
+
+    return partly.train(task(settings), schedule, arrays, stage, runs, partial(begun, settings), further)
 
 
 @cache
 def begun(settings: Sizes, seed: int) -> dict:
-    """The state of a run before its first step, leaves [1, ...]: neither arm nor rate plays a part."""
+    """The state of a run before its first step: neither arm nor rate plays a part."""
     images = loop.on_device(data.load(settings.data))["test_images"]
-    run = {"seed": seed, "rate": 0.0, "decay": 0.0, "trained": None}
-    return jax.device_get(jax.tree.map(lambda leaf: leaf[None], loop.init_run(task(settings), images, run)))
+    run = {"seed": seed, "rate": 0.0, "decay": 0.0, "marks": None}
+    return jax.device_get(loop.init_run(task(settings), images, run))
 
 
 def measured(settings: Sizes) -> xr.Dataset:
@@ -259,7 +242,7 @@ EXPERIMENT = Experiment(
     pictures=[
         panels(
             draw_accuracy, draw_off, file="affine_only.png", size=(5.6, 4.2),
-            title="How far does a network get that learns nothing but the scales and biases of its batch norm?",
+            title="How far does a random network get that learns nothing but scale and bias?",
             caption="The rest of each network stays as it was drawn at random. 'random weights' are as many as there"
             " are scales and biases. Lines: means over seeds; bands: their range. Published: CIFAR-10, deep networks.",
         )

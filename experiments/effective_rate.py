@@ -31,7 +31,7 @@ from matplotlib.axes import Axes
 import jaxbn
 from experiments.framework.claim import Claim, Compared
 from experiments.framework.experiment import WHAT_IT_IS, Experiment, Settings, Stage
-from experiments.framework.pictures import lines, palette, panels
+from experiments.framework.pictures import lines, panels
 from experiments.framework.results import final, label_cells
 from experiments.framework.tables import table_of
 from experiments.training import data, loop, models, rate_and_decay
@@ -154,7 +154,8 @@ def draw_apart(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     ax.legend(frameon=False, fontsize=8)
 
 
-LOOKS = palette(ARMS)
+COLORS = ("#1f5fa8", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#555555")  # told apart by the colour-blind
+LOOKS = dict(zip(ARMS, COLORS, strict=True))
 rounding = partial(
     Claim, measures="largest distance of outputs over the run, float64", unit="of the outputs", exact=ROUNDING
 )
@@ -174,7 +175,7 @@ EXPERIMENT = Experiment(
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=8, interval=4, widths=(8,), beside=(PLAIN,)),
         "cpu": Sizes(seeds=10, data="mnist5k", steps=2000, interval=50),
-        "full": Sizes(seeds=10, data="mnist", steps=20_000, interval=200, widths=(256, 256, 256)),
+        "full": Sizes(seeds=10, data="mnist", steps=5000, interval=50, widths=(256, 256, 256)),
     },
     stages=stages,
     claims=[

@@ -15,7 +15,7 @@ PARAMS = {
 
 
 def count(arm, seed=0):
-    return sum(leaf.sum() for leaf in jax.tree.leaves(affine_only.trained_of(arm, seed, PARAMS)))
+    return sum(leaf.sum() for leaf in jax.tree.leaves(affine_only.marks_of(arm, seed, PARAMS)))
 
 
 @pytest.mark.parametrize(("arm", "expected"), [(ALL, 36 + 288 + 24 + 90), (AFFINE, 24), (RANDOM, 24), (LAST, 90)])
@@ -24,6 +24,6 @@ def test_number_of_trained_params(arm, expected):
 
 
 def test_every_filter_has_two_random_weights_and_every_seed_others():
-    first, second = (affine_only.trained_of(RANDOM, seed, PARAMS)["block"]["kernel"] for seed in (0, 1))
+    first, second = (affine_only.marks_of(RANDOM, seed, PARAMS)["block"]["kernel"] for seed in (0, 1))
     np.testing.assert_array_equal(first.sum((0, 1, 2)), affine_only.PER_FILTER)
     assert (first != second).any()
