@@ -184,7 +184,7 @@ EXPERIMENT = Experiment(
     " rate 0.1 and projections as shortcuts; ours is small and sees digits. Its weight decay is scaled to the length of"
     " the run, and rates are searched for.",
     settings={
-        "smoke": Sizes(seeds=2, data="mnist5k", steps=4, interval=4, depth=4, width=4, stages=1),
+        "smoke": Sizes(seeds=2, data="mnist5k", steps=4, interval=4, depth=4, width=2, stages=1),
         "cpu": Sizes(seeds=3, data="mnist5k", steps=600, interval=100, decay=1e-4 * SOURCE_STEPS / 600),
         "full": Sizes(seeds=5, data="cifar10", steps=SOURCE_STEPS, interval=780, depth=110, width=16, halved=False),
     },
