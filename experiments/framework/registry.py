@@ -20,6 +20,8 @@ EXPERIMENTS = (
     "reparameterization",
     "whitening",
     "through_statistics",
+    "effective_rate",
+    "affine_only",
 )
 
 

@@ -91,18 +91,20 @@ def conv5x5(features: int, *, padding: str, use_bias: bool) -> Layer:
     return Layer(lambda shape: (5, 5, shape[-1], features), apply, features, use_bias)
 
 
+def pool2x2(x: Array) -> Array:
+    """Means of 2 x 2 pixels; x: [batch, height, width, channels], height and width even."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
 def after_pooling(layer: Layer) -> Layer:
     """The layer on the means of 2 x 2 pixels; x: [batch, height, width, channels], height and width even."""
-
-    def pool(x: Array) -> Array:
-        batch, height, width, channels = x.shape
-        return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
     def kernel_shape(shape: Shape) -> Shape:
         batch, height, width, channels = shape
         return layer.kernel_shape((batch, height // 2, width // 2, channels))
 
-    return layer._replace(kernel_shape=kernel_shape, apply=lambda weights, x: layer.apply(weights, pool(x)))
+    return layer._replace(kernel_shape=kernel_shape, apply=lambda weights, x: layer.apply(weights, pool2x2(x)))
 
 
 def patches3x3(x: Array, stride: int) -> Array:
