@@ -187,7 +187,7 @@ EXPERIMENT = Experiment(
     " 3% were, not a third.",
     reader_questions={
         "Can a network learn with batch norm's scales and biases alone?": "In part. In a residual network of 8 layers"
-        " at random weights they learned more than as many weights of the convolutions would have, and far less than all"
+        " at random weights they learned more than as many weights of the convolutions did, and far less than all"
         " weights; the source's 82% is of networks that are very deep.",
     },
     differs="The source trains residual networks of 14 to 866 layers for CIFAR-10 (and ImageNet) over 160 epochs, with"
