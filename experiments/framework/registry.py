@@ -17,6 +17,7 @@ EXPERIMENTS = (
     "deep_conv",
     "chain",
     "placement",
+    "mean_field",
 )
 
 
