@@ -154,7 +154,7 @@ def by_batch(r: xr.Dataset) -> xr.DataArray:
     """Growth by batch, at the width at which all batches were measured."""
     found = r["size"].sel(arm=MAIN, drop=True)
     complete = found.notnull().all(["batch", "seed", "layer"])
-    return growth(found.isel(width=int(complete.argmax()), drop=True))
+    return growth(found.isel(width=complete.values.argmax(), drop=True))
 
 
 def over_linear_theory(r: xr.Dataset) -> xr.DataArray:
@@ -233,11 +233,11 @@ EXPERIMENT = Experiment(
             seeds=2, data="mnist5k", depth=10, batches=(8, 32), width=64, widths=(64,), control=(64, 32), steps=2
         ),
         "cpu": Sizes(
-            seeds=5, data="mnist5k", batches=BATCHES, width=1000,
+            seeds=5, first_seed=10, data="mnist5k", batches=BATCHES, width=1000,
             widths=(250, 500, 1000, 2000), control=(500, 128),
         ),
         "full": Sizes(
-            seeds=200, data="mnist", batches=BATCHES, width=1000,
+            seeds=200, first_seed=10, data="mnist", batches=BATCHES, width=1000,
             widths=(250, 500, 1000, 2000), control=(1000, 128),
         ),
     },
