@@ -18,6 +18,7 @@ EXPERIMENTS = (
     "chain",
     "placement",
     "mean_field",
+    "rank",
 )
 
 

@@ -6,6 +6,7 @@ by layer: it compiles once instead of once per shape (a second each on a CPU), a
 twin start from the same weights.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -226,20 +227,23 @@ def tower(
     layer, last = dense(width, use_bias=use_bias), dense(classes, use_bias=True)
 
     def repeated(tree: dict) -> dict:
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], deepest - 1, 0), tree)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (deepest - 1, *leaf.shape)), tree)
 
     def init(key: Array, x: Array, depth: Array | int) -> dict:
-        shapes, outputs = trace_shapes([layer] * deepest + [last], x)
-        first, *rest, of_head = cut(weights, key, shapes)
+        shapes, outputs = trace_shapes([layer, layer, last], x)
+        stacked = shapes[0], (deepest - 1, *shapes[1]), shapes[2]
+        ends = list(itertools.accumulate(map(math.prod, stacked)))
+        flat = jnp.split(weights.draw(key, (ends[-1],)), ends[:-1])
+        first, rest, of_head = (
+            weights.scale(shape) * part.reshape(whole) for shape, part, whole in zip(shapes, flat, stacked, strict=True)
+        )
         bias = {"bias": jnp.zeros(width)} if use_bias else {}
         of_norm = norm.init(key, outputs[0])
-        below = {"layer": bias, "norm": of_norm["params"]}
-        above, stats = repeated(below), of_norm["batch_stats"]
-        below["layer"] = {"kernel": first, **bias}
-        above["layer"] = {"kernel": jnp.stack(rest), **above["layer"]}
+        below = {"layer": {"kernel": first, **bias}, "norm": of_norm["params"]}
+        above = {"layer": {"kernel": rest, **repeated(bias)}, "norm": repeated(of_norm["params"])}
         params = {"first": below, "rest": above, "head": {"kernel": of_head, "bias": jnp.zeros(classes)}}
-        active = jnp.arange(1, deepest) < depth
-        return {"params": params, "batch_stats": {"first": stats, "rest": repeated(stats), "active": active}}
+        stats = {"first": of_norm["batch_stats"], "rest": repeated(of_norm["batch_stats"])}
+        return {"params": params, "batch_stats": {**stats, "active": jnp.arange(1, deepest) < depth}}
 
     def hidden(variables: dict, x: Array, *, train: bool) -> tuple[Array, dict]:
         def one(x: Array, own: tuple[dict, dict]) -> tuple[Array, dict]:

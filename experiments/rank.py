@@ -1,0 +1,448 @@
+"""Does batch norm keep the layers of a deep network from collapsing to one direction, and does that decide who trains?
+
+Part one, at the start: as many Gaussian inputs as units go through up to 5,000 layers `H -> F(norm(H W))` with W
+uniform on [-a, a] (the scale does not matter), in float64. Rank is the number of singular values above 1e-5 of the
+largest. Broken batch norm, the source's control, is the same with W uniform on [0, 2a].
+
+Part two, training: MLPs of 2 to 32 hidden layers of 64 units on digits, ReLU, batch 64, 400 steps of SGD at a rate
+chosen on validation for every arm and depth. Arms: PyTorch's default weights and biases; He's weights; batch norm;
+broken batch norm; and batch norm whose statistics are those of 512 digits at the start and stay so: a network without
+normalization that starts as the normalized one. The rank at the start is that of the last hidden layer on 128 digits,
+counted in float32 as the source's code does.
+
+`python -m experiments run rank` takes about four minutes on two cores; `full` is the source's size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import xarray as xr
+from jax import Array
+from matplotlib.axes import Axes
+from scipy.stats import rankdata
+
+import jaxbn
+from experiments.framework.claim import Claim, Compared
+from experiments.framework.experiment import WHAT_IT_IS, Experiment, Grid, Search, Settings, Stage
+from experiments.framework.pictures import COLORS, lines, panels
+from experiments.framework.results import final
+from experiments.framework.tables import table_of
+from experiments.training import data, loop, models
+from jaxbn.diagnostics import TappedLoss, gradient_flow
+from jaxbn.training import LossOutput
+
+PLAIN, HE, BATCH, BROKEN, STARTED = ARMS = (
+    "plain",
+    "plain, He's weights",
+    "batch norm",
+    "broken batch norm",
+    "normalized at the start only",
+)
+NONE, BY_BATCH, CONSTANT = range(3)
+NORMS = {PLAIN: NONE, HE: NONE, BATCH: BY_BATCH, BROKEN: BY_BATCH, STARTED: CONSTANT}
+CHAINS = (PLAIN, BATCH, BROKEN)
+ACTIVATIONS = {"linear": lambda h: h, "ReLU": jax.nn.relu}
+SMALLEST = 1e-5  # of the largest singular value: what counts for the rank of part one
+COLLAPSED = 1.2  # of the source's lower bound of the rank, whose least value is 1
+DEPTHS = (2, 8, 16, 32)
+
+# Read off the picture in the source's repository (linear, gamma = infinity): 2 to the power of 1.5, 2.2, ...
+PUBLISHED = xr.DataArray([2.8, 4.6, 7.1, 11.1, 16.9, 25.1], {"width": [8, 16, 32, 64, 128, 256]})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(Settings):
+    """And part one's widths and depths (ReLU stops at `relu_depth`), and the width and deepest network of part two."""
+
+    widths: tuple[int, ...]
+    chain_depths: tuple[int, ...]
+    relu_depth: int
+    width: int
+
+
+@jax.jit
+def deeper(arm: int, activation: int, keys: Array, h: Array, first: int, last: int) -> Array:
+    """Layers `first` to `last - 1` of one of CHAINS for every key; h: [keys, examples, units]."""
+
+    def layer(key: Array, number: int, h: Array) -> Array:
+        draw = jax.random.uniform(jax.random.fold_in(key, number), h.shape[-1:] * 2, jnp.float32).astype(h.dtype)
+        h = h @ jnp.where(arm == CHAINS.index(BROKEN), draw, 2 * draw - 1)
+        # Without normalization the size is taken out as a whole: it has no bearing on the rank.
+        plain = h / jnp.sqrt(jnp.mean(h**2))
+        h = jnp.where(arm == CHAINS.index(PLAIN), plain, jaxbn.batch_normalize(h, axis=0, epsilon=0.0)[0])
+        return jax.lax.switch(activation, list(ACTIVATIONS.values()), h)
+
+    def chain(own: tuple[Array, Array]) -> Array:
+        key, h = own
+        return jax.lax.fori_loop(first, last, partial(layer, key), h)
+
+    return jax.lax.map(chain, (keys, h))
+
+
+def chains(settings: Sizes, width: int) -> xr.Dataset:
+    """`rank` and `bound` [arm, activation, depth, seed] of the layers of one width; bound is (sum s^2)^2 / sum s^4."""
+    shape = len(CHAINS), len(ACTIVATIONS), len(settings.chain_depths), settings.seeds
+    ranks, bounds = np.full((2, *shape), np.nan)
+    with jax.enable_x64(True):
+        keys = jax.vmap(jax.random.key)(jnp.asarray(settings.every_seed))
+        start = jax.vmap(lambda key: jax.random.normal(key, (width, width)))(keys)
+        for arm, activation in np.ndindex(shape[:2]):
+            h, done = start, 0
+            for place, depth in enumerate(settings.chain_depths):
+                if list(ACTIVATIONS)[activation] == "ReLU" and depth > settings.relu_depth:
+                    continue
+                h, done = deeper(arm, activation, keys, h, done, depth), depth
+                singular = np.linalg.svd(np.asarray(h), compute_uv=False)
+                singular /= singular[:, :1]
+                ranks[arm, activation, place] = np.sum(singular > SMALLEST, axis=1)
+                bounds[arm, activation, place] = np.sum(singular**2, axis=1) ** 2 / np.sum(singular**4, axis=1)
+    axes = ("chain", "activation", "layers", "seed")
+    names = {"chain": list(CHAINS), "activation": list(ACTIVATIONS), "layers": list(settings.chain_depths)}
+    found = xr.Dataset({"chain_rank": (axes, ranks), "chain_bound": (axes, bounds)}, names)
+    return found.assign_coords(seed=settings.every_seed, width=width)
+
+
+def uniform_weights(broken: bool) -> models.Weights:
+    """PyTorch's default, uniform on +-a with a = 1 / sqrt(inputs); broken: on [0, 2a]."""
+
+    def draw(key: Array, shape: models.Shape) -> Array:
+        return jax.random.uniform(key, shape, minval=0.0 if broken else -1.0, maxval=2.0 if broken else 1.0)
+
+    return models.Weights(draw, lambda shape: shape[-1] ** -0.5)
+
+
+def he_weights() -> models.Weights:
+    """Gaussian of variance 2 / inputs."""
+    return models.Weights(jax.random.normal, lambda shape: (2 / shape[-1]) ** 0.5)
+
+
+def switched(decay: float) -> jaxbn.Normalizer:
+    """No norm, batch norm or one with constant statistics, by the number "kind" among its batch_stats.
+
+    One program then serves every arm.
+    """
+    norm = jaxbn.batch_norm(decay=decay)
+
+    def init(key: Array, x: Array) -> dict:
+        variables = norm.init(key, x)
+        return {**variables, "batch_stats": {"kind": jnp.int32(NONE), "moving": variables["batch_stats"]}}
+
+    def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, dict]:
+        kind, moving = variables["batch_stats"]["kind"], variables["batch_stats"]["moving"]
+        own = {"params": variables["params"], "batch_stats": moving}
+        (by_batch, moved), (constant, _) = (norm.apply(own, x, train=mode) for mode in (train, False))
+        y = jnp.where(kind == BY_BATCH, by_batch, jnp.where(kind == CONSTANT, constant, x))
+        moved = jax.tree.map(partial(jnp.where, kind == BY_BATCH), moved, moving)
+        return y, {"kind": kind, "moving": moved}
+
+    return jaxbn.Normalizer(init, apply)
+
+
+@cache
+def tower(settings: Sizes, arm: str = PLAIN, decay: float = 0.9) -> models.Tower:
+    """The network; arms differ in `init` alone."""
+    weights = he_weights() if arm == HE else uniform_weights(arm == BROKEN)
+    how = {"use_bias": True, "activation": jax.nn.relu, "weights": weights}
+    return models.tower(max(DEPTHS), settings.width, switched(decay), **how)
+
+
+def optimizer(run: dict) -> optax.GradientTransformation:
+    """SGD at the run's rate."""
+    return optax.sgd(run["rate"])
+
+
+@cache
+def task(settings: Sizes, arm: str) -> loop.Task:
+    """The networks of one arm, of the run's depth."""
+    digits = jnp.asarray(data.load(settings.data).train_images[:512])
+
+    def init(run: dict, key: Array, x: Array) -> dict:
+        variables = tower(settings, arm).init(key, x, run["depth"])
+        if arm == PLAIN:
+            variables["params"] = with_biases(jax.random.fold_in(key, 1), variables["params"])
+        if arm == STARTED:
+            variables["batch_stats"] = statistics(tower(settings, decay=0.0), with_kind(variables, BY_BATCH), digits)
+        return with_kind(variables, NORMS[arm])
+
+    return loop.Task(init, tower(settings).apply, optimizer)
+
+
+@partial(jax.jit, static_argnums=0)
+def statistics(network: models.Tower, variables: dict, images: Array) -> dict:
+    """batch_stats of a network with decay 0: those of the images."""
+    return network.apply(variables, data.pixels(images), train=True)[1]
+
+
+def with_kind(variables: dict, kind: int) -> dict:
+    """The same with that norm in every layer."""
+    stats = variables["batch_stats"]
+    chosen = {name: {**stats[name], "kind": jnp.full_like(stats[name]["kind"], kind)} for name in ("first", "rest")}
+    return {**variables, "batch_stats": {**stats, **chosen}}
+
+
+def with_biases(key: Array, params: dict) -> dict:
+    """PyTorch's default biases, uniform on +-1 / sqrt(inputs), in place of zeros."""
+    layers = params["first"]["layer"], params["rest"]["layer"], params["head"]
+    sizes = np.cumsum([layer["bias"].size for layer in layers])
+    draws = jnp.split(jax.random.uniform(key, (sizes[-1],), minval=-1.0), sizes[:-1])
+    first, rest, head = (
+        {**layer, "bias": draw.reshape(layer["bias"].shape) * layer["kernel"].shape[-1] ** -0.5}
+        for layer, draw in zip(layers, draws, strict=True)
+    )
+    return {"first": {**params["first"], "layer": first}, "rest": {**params["rest"], "layer": rest}, "head": head}
+
+
+@cache
+def tapped(settings: Sizes) -> TappedLoss:
+    """The cross-entropy of a network, with its last hidden layer to be looked at."""
+    network = tower(settings)
+
+    def loss(variables: dict, batch: dict, rng: Array, tap: Callable) -> LossOutput:
+        h, moved = network.hidden(variables, batch["x"], train=True)
+        logits = network.head(variables, tap("last hidden", h))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return LossOutput(losses.sum(), losses.size, moved)
+
+    return loss
+
+
+def start_of(settings: Sizes, arm: str) -> list[list[float]]:
+    """Of every network of an arm at the start: the last hidden layer's rank, its bound, gradients first over last."""
+    digits, found = data.load(settings.data), []
+    runs = [{"seed": seed, "depth": depth, "rate": 0.0} for seed in settings.every_seed for depth in DEPTHS]
+    begin = jax.vmap(partial(loop.init_run, task(settings, arm), jnp.asarray(digits.test_images)))
+    states = begin(loop.stacked(runs, len(runs)))["variables"]
+    for number, run in enumerate(runs):
+        variables = jax.tree.map(lambda leaf, number=number: leaf[number], states)
+        chosen = np.random.default_rng(run["seed"]).permutation(len(digits.train_labels))[:128]
+        images, labels = (jnp.asarray(part[chosen]) for part in (digits.train_images, digits.train_labels))
+        flow = gradient_flow(tapped(settings), variables, {"x": data.pixels(images), "label": labels}, rate=0.0)
+        first, head = (flow.params[name] for name in ("first/layer/kernel", "head/kernel"))
+        ratio = (first.gradient_norm / first.norm) / (head.gradient_norm / head.norm)
+        layer = flow.layers["last hidden"]
+        found.append([float(layer.rank), float(layer.participation), float(ratio)])
+    return found
+
+
+def at_the_start(settings: Sizes) -> xr.Dataset:
+    """What `start_of` says of every network: `rank`, `bound` and `gradients` [arm, seed, depth]."""
+    names = {"arm": list(ARMS), "seed": settings.every_seed, "depth": list(map(float, DEPTHS))}
+    values = np.reshape([start_of(settings, arm) for arm in ARMS], (*map(len, names.values()), 3))
+    starts = {name: (tuple(names), values[..., number]) for number, name in enumerate(("rank", "bound", "gradients"))}
+    return xr.Dataset(starts, names)
+
+
+def stages(settings: Sizes) -> Iterator[Stage]:
+    """One for each width of part one, and the start of part two."""
+    for width in settings.widths:
+        yield Stage(f"width {width}", partial(chains, settings, width))
+    yield Stage("start", partial(at_the_start, settings))
+
+
+def last_layer(found: xr.DataArray) -> xr.DataArray:
+    """The rank or its bound in the deepest layer that was measured: [chain, activation, width, seed]."""
+    known = found.notnull().all([axis for axis in found.dims if axis not in ("activation", "layers")])
+    deepest = found.layers.where(known).max("layers").astype(int)
+    return found.sel(layers=deepest, drop=True)
+
+
+def exponent(r: xr.Dataset) -> xr.DataArray:
+    """Slope of log rank over log width with batch norm, linear: 0.5 if rank grows as the square root of the width."""
+    rank = last_layer(r.chain_rank).sel(activation="linear", drop=True).sel(chain=BATCH, drop=True)
+    return (
+        np.log(rank)
+        .assign_coords(width=np.log(rank.width))
+        .polyfit("width", 1)
+        .polyfit_coefficients.sel(degree=1, drop=True)
+    )
+
+
+def accuracy(r: xr.Dataset) -> xr.DataArray:
+    """Test accuracy after the last step: [arm, depth, seed]."""
+    return final(r.test_accuracy)
+
+
+def of_the_deepest(r: xr.Dataset) -> xr.DataArray:
+    """The same of the deepest networks."""
+    return accuracy(r).isel(depth=-1, drop=True)
+
+
+def forecast(r: xr.Dataset, sign: xr.DataArray) -> xr.DataArray:
+    """Spearman's correlation of what is seen at the start with the test accuracy, over arms and depths: [seed]."""
+    cells = [one.stack(cell=["arm", "depth"]).transpose("seed", "cell") for one in (sign, accuracy(r))]
+    return xr.corr(*(one.copy(data=rankdata(one.values, axis=1)) for one in cells), dim="cell")
+
+
+def collapsed(r: xr.Dataset) -> xr.DataArray:
+    """The best test accuracy among networks whose bound of the rank is below COLLAPSED at the start: [seed]."""
+    return accuracy(r).where(r.bound < COLLAPSED).max(["arm", "depth"])
+
+
+def uneven(r: xr.Dataset) -> xr.DataArray:
+    """How far the gradient of the first layer is from the last one's, whichever is larger, as a logarithm."""
+    return abs(np.log(r.gradients))
+
+
+def draw_depth(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
+    """Rank by depth in linear networks of the widest kind that was measured."""
+    shown = r.chain_rank.sel(activation="linear", drop=True).isel(width=-1)
+    lines(ax, shown, x="layers", hue="chain", palette=SHADES, style="chain", markers=True, dashes=False)
+    width = settings.widths[-1]
+    ax.axhline(width**0.5, color="grey", linestyle=":", label="square root of the width")
+    ax.set(xscale="log", yscale="log", xlabel="layer", ylabel="rank", title=f"Linear, width {width}, at the start")
+    ax.legend(frameon=False, fontsize=8)
+
+
+def draw_width(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
+    """Rank by width after the deepest layer, beside the published figures."""
+    shown = last_layer(r.chain_rank).sel(activation="linear", drop=True)
+    lines(ax, shown, x="width", hue="chain", palette=SHADES, style="chain", markers=True, dashes=False)
+    ax.plot(PUBLISHED.width, PUBLISHED, "k:", marker="x", label="published, batch norm")
+    ax.plot(settings.widths, np.sqrt(settings.widths), color="grey", linestyle=":", label="square root of the width")
+    ax.set(xscale="log", yscale="log", xlabel="units per layer", ylabel="rank")
+    ax.set(title=f"Linear, layer {settings.chain_depths[-1]:,}, at the start")
+    ax.set_xticks(PUBLISHED.width, map(str, PUBLISHED.width.values))
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=8)
+
+
+def draw_training(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
+    """Test accuracy by the rank at the start, a dot for each arm and depth."""
+    rank, reached = r["rank"].mean("seed"), accuracy(r).mean("seed")
+    for arm, marker in zip(ARMS, "oPsX^", strict=True):
+        sizes = [25 + 4 * depth for depth in DEPTHS]
+        ax.scatter(
+            rank.sel(arm=arm), reached.sel(arm=arm), s=sizes, marker=marker, color=SHADES[arm], alpha=0.8, label=arm
+        )
+    ax.set(xscale="log", xlabel="rank of the last hidden layer at the start", ylabel="test accuracy after training")
+    ax.set(title=f"Trained; larger is deeper ({DEPTHS[0]} to {DEPTHS[-1]} layers)", ylim=(0, 1.02))
+    ax.legend(frameon=False, fontsize=8)
+
+
+SHADES = COLORS | {HE: "#e69f00", BROKEN: "#56b4e9", STARTED: "#009e73"}
+at_start = partial(Claim, unit="of rank", measures="rank after the deepest layer, by activation and width")
+
+EXPERIMENT = Experiment(
+    title="Batch norm keeps the rank of a deep network's layers at the start; whether that decides who trains.",
+    question="Does batch norm make deep networks trainable by keeping their layers from collapsing to one direction?",
+    source="Daneshmand et al. 2020, theorem 2 and figures 1 to 3 and 6",
+    citation="Hadi Daneshmand, Jonas Kohler, Francis Bach, Thomas Hofmann and Aurelien Lucchi, Batch Normalization"
+    " Provably Avoids Rank Collapse for Randomly Initialised Deep Networks, NeurIPS 2020, arXiv:2003.01652.",
+    theme=WHAT_IT_IS,
+    differs="Read were the abstract, the informal theorem 2 and the source's code. Theirs: chains of 50,000 layers and"
+    " a million (here 5,000); Fashion-MNIST, width 128, 75 epochs, SGD without and Adam with batch norm (here 5,000"
+    " digits, width 64, 400 steps, SGD for all). In place of their pre-training that raises the rank: a start from"
+    " the normalized network.",
+    settings={
+        "smoke": Sizes(
+            seeds=2, data="mnist5k", steps=4, interval=4,
+            widths=(4, 8), chain_depths=(1, 10, 100), relu_depth=10, width=16,
+        ),
+        "cpu": Sizes(
+            seeds=5, first_seed=10, data="mnist5k", steps=400, interval=400,
+            widths=(8, 16, 32, 64, 128), chain_depths=(1, 10, 100, 1000, 5000), relu_depth=1000, width=64,
+        ),
+        "full": Sizes(
+            seeds=5, first_seed=10, data="fashion_mnist", steps=70_000, interval=700,
+            widths=(8, 16, 32, 64, 128, 256), chain_depths=(1, 10, 100, 1000, 10_000, 100_000, 1_000_000),
+            relu_depth=50_000, width=128,
+        ),
+    },
+    grid=Grid(
+        task, 64, {"arm": ARMS}, {"depth": DEPTHS}, Search("rate", (0.001, 0.01, 0.1, 1.0), seeds=2, extensions=1)
+    ),
+    stages=stages,
+    claims=[
+        at_start(
+            "Without batch norm the rank of a deep network collapses to 1.",
+            lambda r: last_layer(r.chain_rank).sel(chain=PLAIN), below=1.5,
+        ),
+        at_start(
+            "With batch norm the rank stays above the square root of the width.",
+            lambda r: last_layer(r.chain_rank).sel(chain=BATCH) / np.sqrt(r.width),
+            measures="rank after the deepest layer over the square root of the width, by activation and width",
+            unit="times the square root", ratio=True, above=1.0, precision=0.1,
+        ),
+        Claim(
+            "It grows as the square root of the width, not as the width.", lambda r: exponent(r) - 0.5,
+            measures="slope of log rank over log width (linear, deepest layer) minus 0.5",
+            unit="of the exponent", equal=0.15,
+        ),
+        at_start(
+            "With weights that are not centred batch norm does not keep the rank.",
+            Compared(lambda r: last_layer(r.chain_rank), BROKEN, BATCH, "chain", ratio=True),
+            unit="times the rank", below=0.5,
+        ),
+        Claim(
+            "With batch norm a deep network trains that does not train without.", Compared(of_the_deepest),
+            measures=f"test accuracy of {DEPTHS[-1]} layers, PyTorch's weights", unit="of test accuracy", above=0.3,
+        ),
+        Claim(
+            "Batch norm that does not keep the rank trains worse.", Compared(of_the_deepest, BATCH, BROKEN),
+            measures=f"test accuracy of {DEPTHS[-1]} layers", unit="of test accuracy", above=0.1,
+        ),
+        Claim(
+            "The rank at the start forecasts which networks train.", lambda r: forecast(r, r["rank"]),
+            measures="Spearman's correlation of the last hidden layer's rank at the start with the final test accuracy,"
+            " over all arms and depths", unit="of correlation", above=0.5,
+        ),
+        Claim(
+            "No network trains whose rank has collapsed at the start.", collapsed,
+            measures=f"best test accuracy among networks whose bound of the rank is below {COLLAPSED:g} at the start",
+            unit="of test accuracy", below=0.5,
+        ),
+        Claim(
+            "A network that starts with the rank of the normalized one trains without normalization.",
+            Compared(of_the_deepest, STARTED, PLAIN),
+            measures=f"test accuracy of {DEPTHS[-1]} layers", unit="of test accuracy", above=0.3,
+            source="a control in place of the source's pre-training (figure 6)",
+        ),
+        Claim(
+            "The rank forecasts better than the evenness of the gradients.",
+            lambda r: forecast(r, r["rank"]) - forecast(r, -uneven(r)),
+            measures="Spearman's correlation of the rank with the final test accuracy minus that of how alike the"
+            " first and the last layer's gradients are", unit="of correlation", above=0.0, precision=0.1,
+            source="a control",
+        ),
+    ],
+    tables=[
+        table_of(
+            "Rank by depth at the widest", lambda r: r.chain_rank.isel(width=-1),
+            rows=["activation", "chain"], columns="layers", form=".1f",
+            note="Number of singular values above 1e-5 of the largest.",
+        ),
+        table_of(
+            "Rank after the deepest layer, by width, with batch norm",
+            lambda r: last_layer(r.chain_rank).sel(chain=BATCH, drop=True), rows=["activation"], columns="width",
+            form=".1f", published=PUBLISHED.expand_dims(activation=["linear"]),
+            note="Published: read off a picture.",
+        ),
+        table_of(
+            "Lower bound of the rank by depth at the widest", lambda r: r.chain_bound.isel(width=-1),
+            rows=["activation", "chain"], columns="layers", form=".2f", note="(sum s^2)^2 / sum s^4.",
+        ),
+        table_of(
+            "Rank of the last hidden layer at the start", lambda r: r["rank"], rows=["arm"], columns="depth", form=".1f"
+        ),
+        table_of("Its lower bound", lambda r: r.bound, rows=["arm"], columns="depth", form=".2f"),
+        table_of(
+            "Relative gradient of the first layer over that of the last one at the start", lambda r: r.gradients,
+            rows=["arm"], columns="depth", form=".2g",
+        ),
+        table_of("Final test accuracy", accuracy, rows=["arm"], columns="depth"),
+    ],
+    pictures=[
+        panels(
+            draw_depth, draw_width, draw_training, file="rank.png",
+            title="Does batch norm keep a deep network from collapsing to one direction, and is that why it trains?",
+            caption="Line: mean; band: range of the networks. Rank counts the directions that the layer's outputs of"
+            " a batch still fill. Left and middle: random networks before training. Right: each dot is an arm at one"
+            " depth, mean over seeds.",
+        )
+    ],
+)  # fmt: skip
