@@ -126,19 +126,20 @@ def switched(decay: float) -> jaxbn.Normalizer:
 
     One program then serves every arm.
     """
-    norm = jaxbn.batch_norm(decay=decay)
 
     def init(key: Array, x: Array) -> dict:
-        variables = norm.init(key, x)
+        variables = jaxbn.batch_norm().init(key, x)
         return {**variables, "batch_stats": {"kind": jnp.int32(NONE), "moving": variables["batch_stats"]}}
 
     def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, dict]:
-        kind, moving = variables["batch_stats"]["kind"], variables["batch_stats"]["moving"]
-        own = {"params": variables["params"], "batch_stats": moving}
-        (by_batch, moved), (constant, _) = (norm.apply(own, x, train=mode) for mode in (train, False))
-        y = jnp.where(kind == BY_BATCH, by_batch, jnp.where(kind == CONSTANT, constant, x))
-        moved = jax.tree.map(partial(jnp.where, kind == BY_BATCH), moved, moving)
-        return y, {"kind": kind, "moving": moved}
+        params, kind = variables["params"], variables["batch_stats"]["kind"]
+        used = moving = variables["batch_stats"]["moving"]
+        if train:
+            found, pick = jaxbn.moments(x, axis=0), partial(jnp.where, kind == BY_BATCH)
+            used = {name: pick(getattr(found, name), moving[name]) for name in ("mean", "var")}
+            moving = jax.tree.map(pick, jaxbn.update_batch_stats(moving, found, decay=decay), moving)
+        y = jaxbn.normalize(x, used["mean"], used["var"], **params, axis=0, epsilon=1e-5)
+        return jnp.where(kind == NONE, x, y), {"kind": kind, "moving": moving}
 
     return jaxbn.Normalizer(init, apply)
 

@@ -45,7 +45,7 @@ def network(depth=3, width=4, batch=6, seed=0):
     rng = np.random.default_rng(seed)
     arrays = [rng.standard_normal(shape) for shape in ((5, width), (depth, width, width), (batch, 5), (batch, width))]
     first, kernels, images, direction = (jnp.asarray(one, jnp.float32) for one in arrays)
-    return Drawn(first, kernels, images, jnp.zeros(batch, int), direction)
+    return Drawn(first, kernels, images, jnp.zeros(batch, int), direction, noise=images)
 
 
 def test_gradients_of_a_linear_network_are_products_of_its_weights():

@@ -40,6 +40,7 @@ class Drawn(NamedTuple):
     images: Array  # [batch, pixels], in [0, 1]
     labels: Array  # [batch]
     direction: Array  # [batch, width]
+    noise: Array  # [batch, pixels], white: in place of the images
 
 
 def drawn(digits: data.Dataset, seed: int, depth: int, width: int, batch: int, dtype: type = jnp.float32) -> Drawn:
@@ -47,12 +48,13 @@ def drawn(digits: data.Dataset, seed: int, depth: int, width: int, batch: int, d
     rng = np.random.default_rng(seed)
     chosen = rng.permutation(len(digits.train_labels))[:batch]
     images = digits.train_images[chosen].reshape(batch, -1) / np.float32(255)
-    shapes = (images.shape[1], width), (depth, width, width), (batch, width)
-    first, kernels, direction = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    shapes = (images.shape[1], width), (depth, width, width), (batch, width), images.shape
+    first, kernels, direction, noise = (rng.standard_normal(shape, np.float32) for shape in shapes)
     first *= (2 / images.shape[1]) ** 0.5
     kernels *= (2 / width) ** 0.5
-    first, kernels, images, direction = (jnp.asarray(one, dtype) for one in (first, kernels, images, direction))
-    return Drawn(first, kernels, images, jnp.asarray(digits.train_labels[chosen]), direction)
+    floats = (jnp.asarray(one, dtype) for one in (first, kernels, images, direction, noise))
+    first, kernels, images, direction, noise = floats
+    return Drawn(first, kernels, images, jnp.asarray(digits.train_labels[chosen]), direction, noise)
 
 
 def normalized(kind: Array, h: Array) -> Array:
@@ -93,6 +95,11 @@ def flow(arm: Arm, own: Drawn) -> Array:
         return jnp.vdot(network(arm, own.first, own.kernels, own.images, probes), own.direction)
 
     return log_mean_square(jax.grad(loss)(probes_of(own)))
+
+
+def flow_of_noise(arm: Arm, own: Drawn) -> Array:
+    """`flow` with white noise in place of the images."""
+    return flow(arm, own._replace(images=own.noise))
 
 
 @partial(jax.jit, static_argnames="steps")
