@@ -13,44 +13,41 @@ counted in float32 as the source's code does.
 `python -m experiments run rank` takes about four minutes on two cores; `full` is the source's size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import xarray as xr
-from jax import Array
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from scipy.stats import rankdata
 
-import jaxbn
 from experiments.framework.claim import Claim, Compared
 from experiments.framework.experiment import WHAT_IT_IS, Experiment, Grid, Search, Settings, Stage
 from experiments.framework.pictures import COLORS, lines, panels
 from experiments.framework.results import final
 from experiments.framework.tables import table_of
-from experiments.training import data, loop, models
-from jaxbn.diagnostics import TappedLoss, gradient_flow
-from jaxbn.training import LossOutput
-
-PLAIN, HE, BATCH, BROKEN, STARTED = ARMS = (
-    "plain",
-    "plain, He's weights",
-    "batch norm",
-    "broken batch norm",
-    "normalized at the start only",
+from experiments.training import loop
+from experiments.training.rank import (
+    ACTIVATIONS,
+    ARMS,
+    BATCH,
+    BROKEN,
+    CHAINS,
+    DEPTHS,
+    HE,
+    PLAIN,
+    STARTED,
+    deeper,
+    start_of,
+    task,
 )
-NONE, BY_BATCH, CONSTANT = range(3)
-NORMS = {PLAIN: NONE, HE: NONE, BATCH: BY_BATCH, BROKEN: BY_BATCH, STARTED: CONSTANT}
-CHAINS = (PLAIN, BATCH, BROKEN)
-ACTIVATIONS = {"linear": lambda h: h, "ReLU": jax.nn.relu}
+
 SMALLEST = 1e-5  # of the largest singular value: what counts for the rank of part one
 COLLAPSED = 1.2  # of the source's lower bound of the rank, whose least value is 1
-DEPTHS = (2, 8, 16, 32)
-
 # Read off the picture in the source's repository (linear, gamma = infinity): 2 to the power of 1.5, 2.2, ...
 PUBLISHED = xr.DataArray([2.8, 4.6, 7.1, 11.1, 16.9, 25.1], {"width": [8, 16, 32, 64, 128, 256]})
 
@@ -63,25 +60,6 @@ class Sizes(Settings):
     chain_depths: tuple[int, ...]
     relu_depth: int
     width: int
-
-
-@jax.jit
-def deeper(arm: int, activation: int, keys: Array, h: Array, first: int, last: int) -> Array:
-    """Layers `first` to `last - 1` of one of CHAINS for every key; h: [keys, examples, units]."""
-
-    def layer(key: Array, number: int, h: Array) -> Array:
-        draw = jax.random.uniform(jax.random.fold_in(key, number), h.shape[-1:] * 2, jnp.float32).astype(h.dtype)
-        h = h @ jnp.where(arm == CHAINS.index(BROKEN), draw, 2 * draw - 1)
-        # Without normalization the size is taken out as a whole: it has no bearing on the rank.
-        plain = h / jnp.sqrt(jnp.mean(h**2))
-        h = jnp.where(arm == CHAINS.index(PLAIN), plain, jaxbn.batch_normalize(h, axis=0, epsilon=0.0)[0])
-        return jax.lax.switch(activation, list(ACTIVATIONS.values()), h)
-
-    def chain(own: tuple[Array, Array]) -> Array:
-        key, h = own
-        return jax.lax.fori_loop(first, last, partial(layer, key), h)
-
-    return jax.lax.map(chain, (keys, h))
 
 
 def chains(settings: Sizes, width: int) -> xr.Dataset:
@@ -107,135 +85,20 @@ def chains(settings: Sizes, width: int) -> xr.Dataset:
     return found.assign_coords(seed=settings.every_seed, width=width)
 
 
-def uniform_weights(broken: bool) -> models.Weights:
-    """PyTorch's default, uniform on +-a with a = 1 / sqrt(inputs); broken: on [0, 2a]."""
-
-    def draw(key: Array, shape: models.Shape) -> Array:
-        return jax.random.uniform(key, shape, minval=0.0 if broken else -1.0, maxval=2.0 if broken else 1.0)
-
-    return models.Weights(draw, lambda shape: shape[-1] ** -0.5)
-
-
-def he_weights() -> models.Weights:
-    """Gaussian of variance 2 / inputs."""
-    return models.Weights(jax.random.normal, lambda shape: (2 / shape[-1]) ** 0.5)
-
-
-def switched(decay: float) -> jaxbn.Normalizer:
-    """No norm, batch norm or one with constant statistics, by the number "kind" among its batch_stats.
-
-    One program then serves every arm.
-    """
-
-    def init(key: Array, x: Array) -> dict:
-        variables = jaxbn.batch_norm().init(key, x)
-        return {**variables, "batch_stats": {"kind": jnp.int32(NONE), "moving": variables["batch_stats"]}}
-
-    def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, dict]:
-        params, kind = variables["params"], variables["batch_stats"]["kind"]
-        used = moving = variables["batch_stats"]["moving"]
-        if train:
-            found, pick = jaxbn.moments(x, axis=0), partial(jnp.where, kind == BY_BATCH)
-            used = {name: pick(getattr(found, name), moving[name]) for name in ("mean", "var")}
-            moving = jax.tree.map(pick, jaxbn.update_batch_stats(moving, found, decay=decay), moving)
-        y = jaxbn.normalize(x, used["mean"], used["var"], **params, axis=0, epsilon=1e-5)
-        return jnp.where(kind == NONE, x, y), {"kind": kind, "moving": moving}
-
-    return jaxbn.Normalizer(init, apply)
-
-
-@cache
-def tower(settings: Sizes, arm: str = PLAIN, decay: float = 0.9) -> models.Tower:
-    """The network; arms differ in `init` alone."""
-    weights = he_weights() if arm == HE else uniform_weights(arm == BROKEN)
-    how = {"use_bias": True, "activation": jax.nn.relu, "weights": weights}
-    return models.tower(max(DEPTHS), settings.width, switched(decay), **how)
-
-
-def optimizer(run: dict) -> optax.GradientTransformation:
-    """SGD at the run's rate."""
-    return optax.sgd(run["rate"])
-
-
-@cache
-def task(settings: Sizes, arm: str) -> loop.Task:
-    """The networks of one arm, of the run's depth."""
-    digits = jnp.asarray(data.load(settings.data).train_images[:512])
-
-    def init(run: dict, key: Array, x: Array) -> dict:
-        variables = tower(settings, arm).init(key, x, run["depth"])
-        if arm == PLAIN:
-            variables["params"] = with_biases(jax.random.fold_in(key, 1), variables["params"])
-        if arm == STARTED:
-            variables["batch_stats"] = statistics(tower(settings, decay=0.0), with_kind(variables, BY_BATCH), digits)
-        return with_kind(variables, NORMS[arm])
-
-    return loop.Task(init, tower(settings).apply, optimizer)
-
-
-@partial(jax.jit, static_argnums=0)
-def statistics(network: models.Tower, variables: dict, images: Array) -> dict:
-    """batch_stats of a network with decay 0: those of the images."""
-    return network.apply(variables, data.pixels(images), train=True)[1]
-
-
-def with_kind(variables: dict, kind: int) -> dict:
-    """The same with that norm in every layer."""
-    stats = variables["batch_stats"]
-    chosen = {name: {**stats[name], "kind": jnp.full_like(stats[name]["kind"], kind)} for name in ("first", "rest")}
-    return {**variables, "batch_stats": {**stats, **chosen}}
-
-
-def with_biases(key: Array, params: dict) -> dict:
-    """PyTorch's default biases, uniform on +-1 / sqrt(inputs), in place of zeros."""
-    layers = params["first"]["layer"], params["rest"]["layer"], params["head"]
-    sizes = np.cumsum([layer["bias"].size for layer in layers])
-    draws = jnp.split(jax.random.uniform(key, (sizes[-1],), minval=-1.0), sizes[:-1])
-    first, rest, head = (
-        {**layer, "bias": draw.reshape(layer["bias"].shape) * layer["kernel"].shape[-1] ** -0.5}
-        for layer, draw in zip(layers, draws, strict=True)
-    )
-    return {"first": {**params["first"], "layer": first}, "rest": {**params["rest"], "layer": rest}, "head": head}
-
-
-@cache
-def tapped(settings: Sizes) -> TappedLoss:
-    """The cross-entropy of a network, with its last hidden layer to be looked at."""
-    network = tower(settings)
-
-    def loss(variables: dict, batch: dict, rng: Array, tap: Callable) -> LossOutput:
-        h, moved = network.hidden(variables, batch["x"], train=True)
-        logits = network.head(variables, tap("last hidden", h))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return LossOutput(losses.sum(), losses.size, moved)
-
-    return loss
-
-
-def start_of(settings: Sizes, arm: str) -> list[list[float]]:
-    """Of every network of an arm at the start: the last hidden layer's rank, its bound, gradients first over last."""
-    digits, found = data.load(settings.data), []
-    runs = [{"seed": seed, "depth": depth, "rate": 0.0} for seed in settings.every_seed for depth in DEPTHS]
-    begin = jax.vmap(partial(loop.init_run, task(settings, arm), jnp.asarray(digits.test_images)))
-    states = begin(loop.stacked(runs, len(runs)))["variables"]
-    for number, run in enumerate(runs):
-        variables = jax.tree.map(lambda leaf, number=number: leaf[number], states)
-        chosen = np.random.default_rng(run["seed"]).permutation(len(digits.train_labels))[:128]
-        images, labels = (jnp.asarray(part[chosen]) for part in (digits.train_images, digits.train_labels))
-        flow = gradient_flow(tapped(settings), variables, {"x": data.pixels(images), "label": labels}, rate=0.0)
-        first, head = (flow.params[name] for name in ("first/layer/kernel", "head/kernel"))
-        ratio = (first.gradient_norm / first.norm) / (head.gradient_norm / head.norm)
-        layer = flow.layers["last hidden"]
-        found.append([float(layer.rank), float(layer.participation), float(ratio)])
-    return found
-
-
 def at_the_start(settings: Sizes) -> xr.Dataset:
     """What `start_of` says of every network: `rank`, `bound` and `gradients` [arm, seed, depth]."""
     names = {"arm": list(ARMS), "seed": settings.every_seed, "depth": list(map(float, DEPTHS))}
-    values = np.reshape([start_of(settings, arm) for arm in ARMS], (*map(len, names.values()), 3))
+    values = np.reshape(
+        [start_of(settings.data, settings.width, arm, settings.every_seed) for arm in ARMS],
+        (*map(len, names.values()), 3),
+    )
     starts = {name: (tuple(names), values[..., number]) for number, name in enumerate(("rank", "bound", "gradients"))}
     return xr.Dataset(starts, names)
+
+
+def grid_task(settings: Sizes, arm: str) -> loop.Task:
+    """The networks of one arm."""
+    return task(settings.data, settings.width, arm)
 
 
 def stages(settings: Sizes) -> Iterator[Stage]:
@@ -289,6 +152,13 @@ def uneven(r: xr.Dataset) -> xr.DataArray:
     return abs(np.log(r.gradients))
 
 
+def in_powers_of_two(axis: Axis, last: int) -> None:
+    """Ticks 1, 2, 4, ... up to `last` on a logarithmic axis."""
+    ticks = 2 ** np.arange(int(np.log2(last)) + 1)
+    axis.set_ticks(ticks, labels=map(str, ticks))
+    axis.set_ticks([], minor=True)
+
+
 def draw_depth(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """Rank by depth in linear networks of the widest kind that was measured."""
     shown = r.chain_rank.sel(activation="linear", drop=True).isel(width=-1)
@@ -296,6 +166,7 @@ def draw_depth(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     width = settings.widths[-1]
     ax.axhline(width**0.5, color="grey", linestyle=":", label="square root of the width")
     ax.set(xscale="log", yscale="log", xlabel="layer", ylabel="rank", title=f"Linear, width {width}, at the start")
+    in_powers_of_two(ax.yaxis, width)
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -307,8 +178,8 @@ def draw_width(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     ax.plot(settings.widths, np.sqrt(settings.widths), color="grey", linestyle=":", label="square root of the width")
     ax.set(xscale="log", yscale="log", xlabel="units per layer", ylabel="rank")
     ax.set(title=f"Linear, layer {settings.chain_depths[-1]:,}, at the start")
-    ax.set_xticks(PUBLISHED.width, map(str, PUBLISHED.width.values))
-    ax.minorticks_off()
+    in_powers_of_two(ax.xaxis, 256)
+    in_powers_of_two(ax.yaxis, 32)
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -322,6 +193,7 @@ def draw_training(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
         )
     ax.set(xscale="log", xlabel="rank of the last hidden layer at the start", ylabel="test accuracy after training")
     ax.set(title=f"Trained; larger is deeper ({DEPTHS[0]} to {DEPTHS[-1]} layers)", ylim=(0, 1.02))
+    in_powers_of_two(ax.xaxis, settings.width)
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -355,7 +227,7 @@ EXPERIMENT = Experiment(
         ),
     },
     grid=Grid(
-        task, 64, {"arm": ARMS}, {"depth": DEPTHS}, Search("rate", (0.001, 0.01, 0.1, 1.0), seeds=2, extensions=1)
+        grid_task, 64, {"arm": ARMS}, {"depth": DEPTHS}, Search("rate", (0.001, 0.01, 0.1, 1.0), seeds=2, extensions=1)
     ),
     stages=stages,
     claims=[
