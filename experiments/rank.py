@@ -48,6 +48,7 @@ from experiments.training.rank import (
 
 SMALLEST = 1e-5  # of the largest singular value: what counts for the rank of part one
 COLLAPSED = 1.2  # of the source's lower bound of the rank, whose least value is 1
+RATES = (0.0001, 0.001, 0.01, 0.1, 1.0, 10.0)  # so wide that only what does not train at all is best at an end
 # Read off the picture in the source's repository (linear, gamma = infinity): 2 to the power of 1.5, 2.2, ...
 PUBLISHED = xr.DataArray([2.8, 4.6, 7.1, 11.1, 16.9, 25.1], {"width": [8, 16, 32, 64, 128, 256]})
 
@@ -227,7 +228,7 @@ EXPERIMENT = Experiment(
         ),
     },
     grid=Grid(
-        grid_task, 64, {"arm": ARMS}, {"depth": DEPTHS}, Search("rate", (0.001, 0.01, 0.1, 1.0), seeds=2, extensions=1)
+        grid_task, 64, {"arm": ARMS}, {"depth": DEPTHS}, Search("rate", RATES, seeds=2, extensions=0)
     ),
     stages=stages,
     claims=[
