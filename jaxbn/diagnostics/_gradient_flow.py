@@ -157,7 +157,8 @@ def _effective_rank(singular: Array) -> Array:
 
 def _rank(singular: Array, size: int) -> Array:
     """How many singular values are more than rounding; `size` is the matrix's larger side."""
-    return jnp.sum(singular > size * jnp.finfo(singular.dtype).eps * jnp.max(singular))
+    above = singular > size * jnp.finfo(singular.dtype).eps * jnp.max(singular)
+    return jnp.sum(above, dtype=singular.dtype)
 
 
 def _participation(singular: Array) -> Array:
