@@ -33,7 +33,7 @@ from experiments.framework.experiment import WHAT_IT_IS, Experiment, Settings, S
 from experiments.framework.pictures import COLORS, lines, panels
 from experiments.framework.tables import table_of
 from experiments.training import data
-from experiments.training.mean_field import (
+from experiments.training.equal_layers import (
     BATCH,
     CONSTANT,
     LINEAR,

@@ -31,7 +31,7 @@ from experiments.framework.pictures import COLORS, lines, panels
 from experiments.framework.results import final
 from experiments.framework.tables import table_of
 from experiments.training import loop
-from experiments.training.rank import (
+from experiments.training.towers import (
     ACTIVATIONS,
     ARMS,
     BATCH,

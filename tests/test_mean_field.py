@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.training.mean_field import (
+from experiments.training.equal_layers import (
     BATCH,
     CONSTANT,
     LINEAR,

@@ -9,7 +9,7 @@ import xarray as xr
 import jaxbn
 from experiments import rank
 from experiments.training import data, loop
-from experiments.training.rank import (
+from experiments.training.towers import (
     BATCH,
     BROKEN,
     BY_BATCH,

@@ -1,6 +1,6 @@
-"""The networks of the experiment `rank`: random ones of thousands of layers, and towers that differ in their start.
+"""Networks of many layers that differ in how they start: chains of thousands of random layers, and towers to train.
 
-Arms differ in their initial variables alone, so that one program trains them all.
+The towers' arms differ in their initial variables alone, so that one program trains them all.
 """
 
 from collections.abc import Callable, Sequence
