@@ -77,9 +77,10 @@ def chains(settings: Sizes, width: int) -> xr.Dataset:
                     continue
                 h, done = deeper(arm, activation, keys, h, done, depth), depth
                 singular = np.linalg.svd(np.asarray(h), compute_uv=False)
-                singular /= singular[:, :1]
+                singular /= np.where(singular[:, :1] > 0, singular[:, :1], 1)  # where all units died the rank is 0
                 ranks[arm, activation, place] = np.sum(singular > SMALLEST, axis=1)
-                bounds[arm, activation, place] = np.sum(singular**2, axis=1) ** 2 / np.sum(singular**4, axis=1)
+                fourth = np.maximum(np.sum(singular**4, axis=1), np.finfo(float).tiny)
+                bounds[arm, activation, place] = np.sum(singular**2, axis=1) ** 2 / fourth
     axes = ("chain", "activation", "layers", "seed")
     names = {"chain": list(CHAINS), "activation": list(ACTIVATIONS), "layers": list(settings.chain_depths)}
     found = xr.Dataset({"chain_rank": (axes, ranks), "chain_bound": (axes, bounds)}, names)

@@ -71,20 +71,29 @@ def test_a_network_normalized_at_the_start_only_starts_as_the_normalized_one():
 
 
 def test_a_layer_of_a_plain_chain_is_a_product_of_unit_size():
-    keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    h = jnp.stack([X[:3, :], X[3:6, :]])
-    once = deeper(CHAINS.index(PLAIN), 0, keys, h, 0, 1)
-    twice = deeper(CHAINS.index(PLAIN), 0, keys, h, 0, 2)
-    np.testing.assert_allclose(jnp.mean(once**2, (1, 2)), 1, rtol=1e-5)
-    np.testing.assert_allclose(deeper(CHAINS.index(PLAIN), 0, keys, once, 1, 2), twice, rtol=1e-5)
+    with jax.enable_x64(True):
+        keys = jax.vmap(jax.random.key)(jnp.arange(2))
+        h = jnp.asarray(np.stack([X[:3, :], X[3:6, :]]), jnp.float64)
+        once = deeper(CHAINS.index(PLAIN), 0, keys, h, 0, 1)
+        twice = deeper(CHAINS.index(PLAIN), 0, keys, h, 0, 2)
+        np.testing.assert_allclose(jnp.mean(once**2, (1, 2)), 1, rtol=1e-12)
+        np.testing.assert_allclose(deeper(CHAINS.index(PLAIN), 0, keys, once, 1, 2), twice, rtol=1e-12)
 
 
 @pytest.mark.parametrize("arm", [BATCH, BROKEN])
 def test_a_layer_of_a_normalized_chain_has_mean_0_and_variance_1(arm):
-    keys = jax.vmap(jax.random.key)(jnp.arange(1))
-    h = deeper(CHAINS.index(arm), 0, keys, jnp.asarray(X[None, :, :]), 0, 1)
-    np.testing.assert_allclose(h.mean(1), 0, atol=1e-6)
-    np.testing.assert_allclose(h.var(1), 1, rtol=1e-5)
+    with jax.enable_x64(True):
+        keys = jax.vmap(jax.random.key)(jnp.arange(1))
+        h = deeper(CHAINS.index(arm), 0, keys, jnp.asarray(X[None, :, :], jnp.float64), 0, 1)
+    np.testing.assert_allclose(h.mean(1), 0, atol=1e-12)
+    np.testing.assert_allclose(h.var(1), 1, rtol=1e-12)
+
+
+def test_a_chain_whose_units_have_all_died_stays_at_zero():
+    with jax.enable_x64(True):
+        keys = jax.vmap(jax.random.key)(jnp.arange(1))
+        h = deeper(CHAINS.index(PLAIN), 1, keys, jnp.zeros((1, 4, 4)), 0, 2)
+    np.testing.assert_array_equal(h, np.zeros((1, 4, 4)))
 
 
 def test_exponent_of_square_roots_is_a_half():

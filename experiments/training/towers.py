@@ -29,18 +29,19 @@ NORMS = {PLAIN: NONE, HE: NONE, BATCH: BY_BATCH, BROKEN: BY_BATCH, STARTED: CONS
 CHAINS = (PLAIN, BATCH, BROKEN)
 ACTIVATIONS = {"linear": lambda h: h, "ReLU": jax.nn.relu}
 DEPTHS = (2, 8, 16, 32)
+NEGLIGIBLE = 1e-250  # in float64 it does no more than avoid dividing by zero, where every unit has died
 
 
 @jax.jit
 def deeper(arm: int, activation: int, keys: Array, h: Array, first: int, last: int) -> Array:
-    """Layers `first` to `last - 1` of one of CHAINS for every key; h: [keys, examples, units]."""
+    """Layers `first` to `last - 1` of one of CHAINS for every key; h: [keys, examples, units] in float64."""
 
     def layer(key: Array, number: int, h: Array) -> Array:
         draw = jax.random.uniform(jax.random.fold_in(key, number), h.shape[-1:] * 2, jnp.float32).astype(h.dtype)
         h = h @ jnp.where(arm == CHAINS.index(BROKEN), draw, 2 * draw - 1)
         # Without normalization the size is taken out as a whole: it has no bearing on the rank.
-        plain = h / jnp.sqrt(jnp.mean(h**2))
-        h = jnp.where(arm == CHAINS.index(PLAIN), plain, jaxbn.batch_normalize(h, axis=0, epsilon=0.0)[0])
+        plain = h / jnp.sqrt(jnp.mean(h**2) + NEGLIGIBLE)
+        h = jnp.where(arm == CHAINS.index(PLAIN), plain, jaxbn.batch_normalize(h, axis=0, epsilon=NEGLIGIBLE)[0])
         return jax.lax.switch(activation, list(ACTIVATIONS.values()), h)
 
     def chain(own: tuple[Array, Array]) -> Array:
