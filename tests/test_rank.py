@@ -85,8 +85,8 @@ def test_a_layer_of_a_normalized_chain_has_mean_0_and_variance_1(arm):
     with jax.enable_x64(True):
         keys = jax.vmap(jax.random.key)(jnp.arange(1))
         h = deeper(CHAINS.index(arm), 0, keys, jnp.asarray(X[None, :, :], jnp.float64), 0, 1)
-    np.testing.assert_allclose(h.mean(1), 0, atol=1e-12)
-    np.testing.assert_allclose(h.var(1), 1, rtol=1e-12)
+        np.testing.assert_allclose(h.mean(1), 0, atol=1e-12)
+        np.testing.assert_allclose(h.var(1), 1, rtol=1e-12)
 
 
 def test_a_chain_whose_units_have_all_died_stays_at_zero():
