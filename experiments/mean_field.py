@@ -257,8 +257,8 @@ EXPERIMENT = Experiment(
     " weights are half or twice the right size is off by a factor of 4 per layer.",
     reader_questions={
         "Does batch norm prevent vanishing and exploding gradients?": "Not at the start: every layer of batch norm and"
-        " ReLU multiplies the squared gradient by about 1.47, because it divides by a deviation below 1. It does"
-        " prevent what weights of the wrong size would do, which is far worse.",
+        " ReLU multiplies the squared gradient by about 1.47, because it takes the mean out and divides by what is"
+        " left, which is small. It does prevent what weights of the wrong size would do, which is far worse.",
         "Why do deep networks with batch norm train although their gradients explode at the start?": "A layer with a"
         " huge gradient takes a huge step, its weights become long, and below batch norm long weights have a small"
         " gradient. After ten steps the lowest fifteen of 50 layers no longer stand out; the layers above still do.",
@@ -365,8 +365,9 @@ EXPERIMENT = Experiment(
             title="Does batch norm keep gradients from exploding? Not at the start",
             caption="Line: median of the networks; band: their range. Left: the gradient's mean square from the last of"
             " 50 layers down to the first; the jump at layer 1 comes from how little the digits themselves differ."
-            " Middle: its growth per layer between layers 40 and 10. Right: the gradient of the labels' cross-entropy"
-            " before and after steps of gradient descent.",
+            " Middle: its growth per layer between layers 40 and 10; at the largest batch white noise comes closer to"
+            " the theory than digits do. Right: the gradient of the labels' cross-entropy before and after steps of"
+            " gradient descent.",
         )
     ],
 )  # fmt: skip
