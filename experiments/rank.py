@@ -210,8 +210,8 @@ EXPERIMENT = Experiment(
     " Provably Avoids Rank Collapse for Randomly Initialised Deep Networks, NeurIPS 2020, arXiv:2003.01652.",
     theme=WHAT_IT_IS,
     answer="At the start it does: 5,000 linear layers leave 1 direction of 128 without batch norm and 21 with it, and"
-    " breaking the norm breaks that. But the rank does not decide who trains: networks that had all but collapsed at the"
-    " start learned up to 89% of the digits, and one that started with the full rank of the normalized network, without"
+    " breaking the norm breaks that. But the rank does not decide who trains: networks that had all but collapsed at"
+    " the start learned up to 89% of the digits, and one that started with the full rank of the normalized one, without"
     " normalizing afterwards, did not learn at 32 layers.",
     reader_questions={
         "Does the rank of the last layer at the start tell whether a network will train?": "It goes along with it"

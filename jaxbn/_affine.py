@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._arithmetic import at_least_float32
+from jaxbn._padding import silenced
 
 Initializer = Callable[..., jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
@@ -68,3 +69,17 @@ def scale_shift(
     y = y if bias is None else y + bias
     y = y if residual is None else y + at_least_float32(residual)
     return (y if activation is None else activation(y)).astype(dtype)
+
+
+def before_activation(x, mean, gain, offset, residual, weights, axes) -> jax.Array:
+    """(x - mean) * gain + offset + residual, float32 at least; vectors [features]."""
+    spread = partial(jnp.expand_dims, axis=axes)
+    y = deviations(x, mean, weights, axes) * spread(gain) + spread(offset)
+    return y if residual is None else y + at_least_float32(residual)
+
+
+def deviations(x, mean, weights, axes) -> jax.Array:
+    """X minus its mean as one float; what rounding that lost is made good by vectors."""
+    c = at_least_float32(x) - jnp.expand_dims(mean, axes)
+    # Padding may hold anything, and a NaN in y would come back in every gradient: times a cotangent of 0 it is NaN.
+    return silenced(c, weights)

@@ -18,13 +18,10 @@ class AxisGroup(NamedTuple):
     Attributes:
       axis_name: named axis or tuple of them; None is none.
       groups: of indices on it, all of one size; None is one group of all.
-      branch: measure again only where the first sums lost digits. That is one decision for all features, for which
-        features on different devices (ghost groups under jit) would have to talk: False measures again always.
     """
 
     axis_name: Hashable | tuple[Hashable, ...] | None = None
     groups: tuple[tuple[int, ...], ...] | None = None
-    branch: bool = True
 
     def size(self) -> int:
         """Number of shards that share statistics; ValueError where the axis name is not bound."""
@@ -56,6 +53,27 @@ class AxisGroup(NamedTuple):
             return unravel(lax.psum(flat, self.axis_name))
         mine = jnp.arange(len(self.groups)) == self._group()
         return jax.vmap(unravel)(lax.psum(jnp.where(mine[:, None], flat[None], 0), self.axis_name))
+
+    def gather(self, tree):
+        """Each leaf of every shard: [shards, ...], with groups [groups, shards, ...]; all in one collective."""
+        flat, unravel = ravel_pytree(tree)
+        names = self.axis_name if isinstance(self.axis_name, tuple) else (self.axis_name,)
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        equal = tuple(name for name in names if name in manual and name not in varying_axes(flat))
+        rows = lax.pcast(flat, equal, to="varying") if equal else flat
+        # What vmap names is no axis of a mesh, for which alone the type of an array says that it is the same on all.
+        together = set(names) <= set(manual)
+        for name in [names] if together else reversed(names):
+            rows = lax.all_gather(rows, name, to="invarying" if together or name in manual else "varying")
+        rows = rows.reshape(-1, flat.size)
+        if self.groups is None:
+            return jax.vmap(unravel)(rows)
+        return jax.vmap(jax.vmap(unravel))(rows[jnp.asarray(self.groups)])
+
+    @property
+    def shard_axis(self) -> int:
+        """The axis of what `gather` returns that holds the shards of one group."""
+        return 0 if self.groups is None else 1
 
     def select_group(self, tree):
         """This shard's group's entry of what `psum` returned."""

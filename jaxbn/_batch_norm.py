@@ -12,7 +12,8 @@ from jaxbn._axis_group import AxisGroup, axis_group_of
 from jaxbn._checks import check_decay, check_several, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import feature_shape, inexact, reduced_axes, stats_dtype
-from jaxbn._moments import Measured, pool_moments
+from jaxbn._measure import pool_shards
+from jaxbn._moments import Measured, pool_along
 from jaxbn._normalize import normalize, normalize_by_batch
 from jaxbn._normalizer import Normalizer
 from jaxbn._padding import at_running_mean
@@ -118,14 +119,13 @@ def batch_norm(
     def train(variables, x, *, where, weights, rng=None, residual=None):
         del rng
         x = inexact(x)
-        scale, bias, batch_stats, axes = read(variables, x, True)
+        scale, bias, _, axes = read(variables, x, True)
         scope, ghosts = _scope(axis_group, x.shape, axes, group_size)
         if not allow_single_value:
             check_several(x, axes, scope, f"feature_axis={feature_axis} keeps the others. {_SEVERAL}", ghosts)
         batch = dict(where=where, weights=weights, residual=residual)
         if ghosts is None:
-            guess = _guess(batch_stats, x, debias)
-            y, measured = normalize_by_batch(x, scale, bias, axis=axes, axis_group=scope, guess=guess, **batch, **out)
+            y, measured = normalize_by_batch(x, scale, bias, axis=axes, axis_group=scope, **batch, **out)
         else:
             y, measured = _ghost(x, scale, bias, axes, ghosts, batch, out)
         batch_axis = None if ghosts is None else axes[0]
@@ -160,13 +160,6 @@ def _scope(axis_group, shape, axes, group_size) -> tuple[AxisGroup, int | None]:
     return AxisGroup(), group_size
 
 
-def _guess(batch_stats, x, debias):
-    """Running mean in the dtype that x is measured in."""
-    mean, _ = running_moments(batch_stats, debias=debias)
-    dtype = stats_dtype(x)
-    return (mean if jnp.issubdtype(dtype, jnp.complexfloating) else mean.real).astype(dtype)
-
-
 def _ghost(x, scale, bias, axes, group_size, batch, out) -> tuple[jax.Array, Measured]:
     """Split the batch axis into [groups, group_size] and normalize each group by itself."""
     batch_axis = axes[0]
@@ -180,7 +173,7 @@ def _ghost(x, scale, bias, axes, group_size, batch, out) -> tuple[jax.Array, Mea
         return v.reshape(v.shape[:batch_axis] + groups + v.shape[batch_axis + 1 :])
 
     # The group axis takes the batch axis's place and counts as a feature axis; the rest moves up by one.
-    how = dict(axis=tuple(axis + 1 for axis in axes), axis_group=AxisGroup(branch=False))
+    how = dict(axis=tuple(axis + 1 for axis in axes), axis_group=AxisGroup())
     scale, bias = (None if v is None else jnp.expand_dims(v, batch_axis) for v in (scale, bias))
     batch = {name: split(v) for name, v in batch.items()}
     y, measured = normalize_by_batch(split(x), scale, bias, **how, **batch, **out)
@@ -192,11 +185,10 @@ def _pooled(measured, axis_group, scope, pool_axis_name, batch_axis) -> Measured
     names = [*_names(pool_axis_name), *(_names(axis_group.axis_name) if scope.axis_name is None else ())]
     others = AxisGroup(tuple(n for n in dict.fromkeys(names) if n not in _names(scope.axis_name)) or None)
     # The rows of groups of shards come first, those of ghost groups where the batch axis was.
-    axis = batch_axis if batch_axis is not None else () if scope.groups is None else 0
-    if axis == () and others.axis_name is None:
-        return measured
-    others.size()
-    return pool_moments(measured, axis, others)
+    if batch_axis is not None or scope.groups is not None:
+        measured = pool_along(measured, batch_axis or 0)
+    others.size()  # ValueError where an axis is not bound.
+    return pool_shards(measured, others)
 
 
 def _names(axis_name):

@@ -1,6 +1,6 @@
 """Moments of a set of values, and of several sets put together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -8,13 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxbn._arithmetic import safe_divide, squared
-from jaxbn._axis_group import AxisGroup
+from jaxbn._arithmetic import at_least_float32, safe_divide, squared, weighted_sum
 
-# The largest |mean - shift| / std at which one pass of sums is kept: squaring loses (1 + ratio**2) roundings of var.
-_MAX_RATIO = 2.0
-# Each new shift leaves at most the rounding error of a sum, so the second is exact and the third only a reserve.
-_MAX_SHIFTS = 3
+# The least var / mean(|x - shift|**2) that is no mere rounding; a shift is at most 4 standard deviations off: 1 / 17.
+_FLAT = 2.0**-10
 
 
 class Moments(NamedTuple):
@@ -45,6 +42,41 @@ class Measured(NamedTuple):
         return Moments(self.count, self.mean, self.var)
 
 
+class Sums(NamedTuple):
+    """Sums over the values of each feature, around a shift.
+
+    Attributes:
+      unit: a power of two, by which distances are multiplied before they are squared: [features].
+      shift: [features].
+      first: sum of x - shift.
+      second: sum of |unit (x - shift)|**2.
+    """
+
+    unit: jax.Array
+    shift: jax.Array
+    first: jax.Array
+    second: jax.Array
+
+
+def sums_around(shift: jax.Array, x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> Sums:
+    """Sums of x over `axes`, around a shift [features]."""
+    unit = unit_near(shift)
+    c = at_least_float32(x) - jnp.expand_dims(shift, axes)
+    second = squared(jnp.expand_dims(unit, axes) * c)
+    return Sums(unit, shift, weighted_sum(c, weights, axes), weighted_sum(second, weights, axes))
+
+
+def unit_near(shift: jax.Array) -> jax.Array:
+    """A power of two by which c = x - shift can be multiplied, so that its square is a normal number of float32.
+
+    That is 2**-8 for c from 1e-17 to 1e18. Near a smaller shift, of which c that is not 0 is at least 2**-25, by which
+    it was rounded, 2**-30 / |shift|.
+    """
+    size = jnp.abs(shift)
+    unit = jnp.where((size == 0) | (size > 2.0**-32), 2.0**-8, 2.0**-30 / size)
+    return lax.reduce_precision(unit, jnp.finfo(size.dtype).nexp, 0)
+
+
 def merge_moments(a: Moments, b: Moments) -> Moments:
     """Moments of the values behind `a` and the values behind `b` put together, exactly.
 
@@ -61,62 +93,51 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
 def merge_measured(a: Measured, b: Measured) -> Measured:
     """`merge_moments` for means that are kept as two floats."""
-    count = a.count + b.count
-    share_a, share_b = safe_divide(a.count, count), safe_divide(b.count, count)
-    gap = (b.mean - a.mean) + (b.remainder - a.remainder)
-    # By adding zeros, and not by its shape alone, it is sharded as the gap is on a mesh of explicit axes.
-    whole = share_b + jnp.zeros_like(gap.real) == 1
-    mean = jnp.where(whole, b.mean, a.mean + gap * share_b)
-    remainder = jnp.where(whole, b.remainder, ((a.mean - mean) + gap * share_b) + a.remainder)
-    var = a.var * share_a + b.var * share_b + squared(gap) * share_a * share_b
-    return Measured(count, mean, remainder, var)
+    # By adding zeros, and not by their shape alone, vectors are sharded alike too on a mesh of explicit axes.
+    zeros = sum(jnp.zeros_like(v.real) for v in (*a, *b))
+    return pool_along(jax.tree.map(lambda *both: jnp.stack([v + zeros for v in both]), a, b), axis=0)
 
 
-def pool_moments(m: Measured, axis: int | Sequence[int], axis_group: AxisGroup) -> Measured:
-    """Moments of many sets put together: those along `axis` of m, and those of all shards; measured as x itself is."""
-    shifted = partial(_shifted_pool, m, axis, axis_group)
-    return measured_until_kept(shifted, shifted(None))
+def pool_moments(m: Measured, total: Callable, own: Callable = lambda v: v) -> Measured:
+    """Moments of many sets put together, exactly.
+
+    share_i = n_i / n; mean = sum(share_i mean_i); var = sum(share_i (var_i + |mean_i - mean|**2)) (Chan, Golub and
+    LeVeque 1983, section 2).
+
+    Args:
+      m: moments of each set, all of one shape.
+      total: total(tree) -> its sum over the sets, in one go.
+      own: own(v) -> what `total` returned, shaped to meet the entries of each set.
+    """
+    means = jnp.where(m.count == 0, 0, m.mean)
+    count, first = total((m.count, m.count * means))
+    center, whole = finite_or_zero(safe_divide(first, count)), own(count)
+    # By a division alone, which compilers turn into a product, a set with all the values would not stay as it is.
+    share = jnp.where((m.count == whole) & (whole != 0), 1, safe_divide(m.count, whole))
+    c = (means - own(center)) + m.remainder
+    offset, square = total((share * c, share * (m.var + squared(c))))
+    return around(center, count, offset, square)
 
 
-def _shifted_pool(m, axis, axis_group, shift):
-    c = (m.mean if shift is None else m.mean - jnp.expand_dims(shift, axis)) + m.remainder
-    std = jnp.sqrt(m.var)
-    if shift is not None:
-        peak = axis_group.psum(jnp.max(jnp.where(m.count == 0, 0, jnp.maximum(jnp.abs(c), std)), axis))
-        unit = unit_of(peak)
-        c, std = (v / jnp.expand_dims(unit, axis) for v in (c, std))
-    count = jnp.broadcast_to(m.count, std.shape)
-    sums = count, count * c, count * (squared(std) + squared(c))
-    number, first, second = axis_group.psum(jax.tree.map(lambda v: jnp.sum(v, axis), sums))
-    return from_sums(number, first, second, shift, None if shift is None else unit)
+def pool_along(m: Measured, axis: int) -> Measured:
+    """`pool_moments` of the sets that lie along an axis of m."""
+    m = m._replace(count=jnp.broadcast_to(m.count, m.var.shape))
+    return pool_moments(m, partial(jax.tree.map, partial(jnp.sum, axis=axis)), partial(jnp.expand_dims, axis=axis))
 
 
-def measured_until_kept(shifted, first) -> Measured:
-    """shifted(shift) -> (Measured, retry): the first, or one from the mean so far until digits are kept."""
-
-    def again(state):
-        step, (measured, _) = state
-        return step + 1, shifted(measured.mean)
-
-    return lax.while_loop(lambda s: (s[0] < _MAX_SHIFTS) & s[1][1], again, (0, first))[1][0]
-
-
-def from_sums(count, first, second, shift, unit) -> tuple[Measured, jax.Array]:
-    offset, square = safe_divide(first, count), safe_divide(second, count)
-    lost = square > (1 + _MAX_RATIO**2) * (square - squared(offset))
-    var = jnp.maximum(square - squared(offset), 0)
-    if unit is not None:
-        offset, var = offset * unit, var * unit * unit
-    shift = jnp.zeros_like(offset) if shift is None else shift
+def around(shift: jax.Array, count: jax.Array, offset: jax.Array, square: jax.Array) -> Measured:
+    """Moments from a shift near the mean, mean(x - shift) and mean(|x - shift|**2)."""
+    var = square - squared(offset)
+    # All values are equal, and the shift is theirs but for its rounding: what is left of the variance is rounding too.
+    flat = var < _FLAT * square
     mean = shift + offset
-    # No float lies nearer to the mean than such a shift does.
-    settled = mean == shift
-    retry = jnp.any((lost & ~settled) | jnp.isinf(second))
-    return Measured(count, mean, (shift - mean) + offset, var), retry
+    return Measured(count, mean, jnp.where(flat, 0, (shift - mean) + offset), jnp.where(flat, 0, var))
 
 
-def unit_of(peak):
-    """Peak rounded to a power of two whose reciprocal is a normal number too."""
-    limits = jnp.finfo(peak.dtype)
-    peak = jnp.clip(peak, limits.smallest_normal, 1 / limits.smallest_normal)
-    return lax.reduce_precision(peak, limits.nexp, 0)
+def finite_or_zero(shift: jax.Array) -> jax.Array:
+    """A shift that can be subtracted.
+
+    The select also keeps compilers from fusing the division that made the shift with the addition of an offset to it:
+    what is added has to be the rounded number that is subtracted.
+    """
+    return jnp.where(jnp.isfinite(shift), shift, 0)

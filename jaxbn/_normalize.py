@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxbn._affine import Activation
+from jaxbn._affine import Activation, before_activation, deviations
 from jaxbn._arithmetic import at_least_float32, inner
 from jaxbn._axis_group import AxisGroup, axis_group_of, varying_axes
 from jaxbn._checks import check_features, check_residual, checked_epsilon
-from jaxbn._cpu import Rows, as_they_are, long_rows, on_cpu, unfused
+from jaxbn._cpu import forced, on_cpu, output_tangent_on_cpu
 from jaxbn._inputs import canonical_axes, combined_weights, inexact
 from jaxbn._measure import STATISTICS, measure_groups, tangent_means
 from jaxbn._moments import Measured, Moments
@@ -119,16 +119,16 @@ def batch_normalize(
 
 
 def normalize_by_batch(
-    x, scale, bias, *, axis, epsilon, where, weights, axis_group, activation, residual, dtype, guess=None
+    x, scale, bias, *, axis, epsilon, where, weights, axis_group, activation, residual, dtype
 ) -> tuple[jax.Array, Measured]:
-    """`batch_normalize` for an AxisGroup, with a guess for `measure_groups`; measured as `AxisGroup.psum` gives it."""
+    """`batch_normalize` for an AxisGroup; measured as `AxisGroup.psum` gives it."""
     x = inexact(x)
     axes = canonical_axes(axis, x.ndim)
     check_features("scale", scale, x, axes)
     check_features("bias", bias, x, axes)
     check_residual(residual, x)
-    spec = _Spec(axes, axis_group, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype))
-    return _standardize(x, scale, bias, residual, combined_weights(x, where, weights), guess, spec)
+    spec = _Spec(axes, axis_group, checked_epsilon(epsilon), activation, jnp.dtype(dtype or x.dtype), forced())
+    return _standardize_jit(x, scale, bias, residual, combined_weights(x, where, weights), None, spec)
 
 
 class _Spec(NamedTuple):
@@ -139,14 +139,14 @@ class _Spec(NamedTuple):
     epsilon: float
     activation: Activation | None
     dtype: jnp.dtype
+    code: str | None = None  # As `_cpu.forced` says: a key of the cache of `_standardize_jit`.
 
 
 def _affine(x, measured, scale, bias, residual, weights, spec):
     """The output, from given statistics; one pass over x."""
     own = spec.axis_group.select_group(measured)
     gain, offset = _gain_and_offset(own, scale, bias, spec)
-    rows = Rows(x.shape, spec.axes)
-    y = _before_activation(rows, x, own.mean, gain, offset, residual, weights)
+    y = before_activation(x, own.mean, gain, offset, residual, weights, spec.axes)
     return (y if spec.activation is None else spec.activation(y)).astype(spec.dtype)
 
 
@@ -157,32 +157,18 @@ def _gain_and_offset(measured, scale, bias, spec):
     return gain, -measured.remainder * gain if bias is None else bias - measured.remainder * gain
 
 
-def _before_activation(rows, x, mean, gain, offset, residual, weights):
-    y = _deviations(rows, x, mean, weights) * rows.broadcast(gain) + rows.broadcast(offset)
-    return y if residual is None else y + at_least_float32(residual)
-
-
-def _deviations(rows, x, mean, weights):
-    """X minus its mean as one float; what rounding that lost is made good by vectors."""
-    c = at_least_float32(x) - rows.broadcast(mean)
-    # Padding may hold anything, and a NaN in y would come back in every gradient: times a cotangent of 0 it is NaN.
-    return c if weights is None else jnp.where((weights == 0) & ~jnp.isfinite(c), 0, c)
-
-
 @partial(jax.custom_jvp, nondiff_argnums=(6,))
-def _standardize(x, scale, bias, residual, weights, guess, spec):
-    """The guess as in `measure_groups`, or the statistics themselves, which are then not measured again."""
-    known = isinstance(guess, Measured)
-    measured = guess if known else measure_groups(x, weights, guess, spec.axes, spec.axis_group)
+def _standardize(x, scale, bias, residual, weights, known, spec):
+    """Output and statistics; `known` are the statistics where they have been measured already, else None."""
+    measured = measure_groups(x, weights, spec.axes, spec.axis_group) if known is None else known
     return _affine(x, measured, scale, bias, residual, weights, spec), measured
 
 
 @_standardize.defjvp
 def _standardize_jvp(spec, primals, tangents):
-    x, scale, bias, residual, weights, guess = primals
-    known = _known_statistics(x, weights, guess, spec)
-    # A checkpoint around all this that saves x would save it again for the one of `_tangent`, were there not a name in
-    # between, which it does not save.
+    x, scale, bias, residual, weights, known = primals
+    known = _statistics(x, weights, spec) if known is None else known
+    # Naming `x` stops an outer checkpoint from saving it twice.
     x = checkpoint_name(x, INPUT)
     y, measured = _standardize(x, scale, bias, residual, weights, known, spec)
     dy, dmean, dvar = _tangent(spec, x, scale, bias, residual, weights, measured, *tangents[:4])
@@ -190,33 +176,39 @@ def _standardize_jvp(spec, primals, tangents):
     return (y, measured), (dy, Measured(zeros[0], dmean, zeros[1], dvar))
 
 
-def _known_statistics(x, weights, guess, spec):
-    """Statistics by a name by which checkpoints save them; constants, for `_tangent` differentiates through them."""
-    if isinstance(guess, Measured):
-        return guess
-    x, guess = lax.stop_gradient((x, guess))
-    return checkpoint_name(measure_groups(x, weights, guess, spec.axes, spec.axis_group), STATISTICS)
+# Layers of one shape are then traced and lowered once.
+_standardize_jit = jax.jit(_standardize, static_argnums=(6,))
 
 
-# Written so that its transpose, which JAX derives, is the least backward pass: two sums of the output's cotangent (they
-# are the gradients of bias and scale too) and one elementwise pass. The checkpoint makes it keep x and vectors, and
-# recompute the rest where it is used. Statistics enter in units of the standard deviation: var itself would leave the
-# range of float32 in the products. Deviations stand in it twice: the first are summed in forward mode, the second in
-# the backward pass.
+def _statistics(x, weights, spec):
+    """Measured, by a name by which checkpoints save them; constants, for `_tangent` differentiates through them."""
+    measured = measure_groups(lax.stop_gradient(x), weights, spec.axes, spec.axis_group)
+    return checkpoint_name(measured, STATISTICS)
+
+
+# dy = scale rstd (dx - mean(dx) - xhat mean(xhat dx)) + dscale xhat + dbias, where xhat = (x - mean) rstd
+#    = gain dx + shift + slope (x - mean)                                          [batch, features]
+#
+#   gain  = scale rstd                                                             [features], as all below
+#   slope = (dscale - gain mean(xhat dx)) rstd
+#   shift = dbias - gain mean(dx)
+#
+# times the derivative of the activation. JAX transposes this into the least backward pass: two sums of the output's
+# cotangent, which are the gradients of bias and scale too, and one elementwise pass. Statistics enter in units of the
+# standard deviation, for the products of var itself leave the range of float32. The checkpoint keeps x and vectors.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbias, dresidual):
-    axes, own, row = spec.axes, spec.axis_group.select_group, spec.axis_group.add_group_axis
+    """Tangents of the output and of mean and var; vectors are [groups, features] where groups of shards share."""
+    own, row = spec.axis_group.select_group, spec.axis_group.add_group_axis
     rstd = lax.rsqrt(measured.var + spec.epsilon)
     gain = rstd if scale is None else row(scale) * rstd
-    rows = Rows(x.shape, axes)
-    vectors = own(measured.mean), own(rstd)
-    x_once, mean, unit = on_cpu(partial(unfused, number=3), partial(as_they_are, number=3), (x, *vectors))
-    c = _deviations(rows, x_once, mean, weights) * rows.broadcast(unit)
-    mean_dx, mean_xhat_dx = tangent_means(at_least_float32(dx), c, weights, measured.count, axes, spec.axis_group)
-    mean_xhat_dx = mean_xhat_dx - inner(measured.remainder, mean_dx) * rstd
-    means = _varying_together(
-        (mean_dx, mean_xhat_dx), spec.axis_group, *(v for v in (gain, dbias, dscale) if v is not None)
+    xhat = deviations(x, own(measured.mean), weights, spec.axes) * jnp.expand_dims(own(rstd), spec.axes)
+    mean_dx, mean_xhat_dx = tangent_means(
+        at_least_float32(dx), xhat, weights, measured.count, spec.axes, spec.axis_group
     )
+    mean_xhat_dx = mean_xhat_dx - inner(measured.remainder, mean_dx) * rstd  # The mean is two floats.
+    parameters = [v for v in (gain, dbias, dscale) if v is not None]
+    means = _varying_together((mean_dx, mean_xhat_dx), spec.axis_group, *parameters)
     shift = -gain * means[0] if dbias is None else row(dbias) - gain * means[0]
     slope = -gain * means[1] if dscale is None else row(dscale) - gain * means[1]
     gain, shift, slope = own((gain, *_varying_together((shift, slope), spec.axis_group, x)))
@@ -224,41 +216,20 @@ def _tangent(spec, x, scale, bias, residual, weights, measured, dx, dscale, dbia
     shift = shift - slope * own(measured.remainder)
     statistics = own(measured)
     vectors = statistics.mean, *_gain_and_offset(statistics, scale, bias, spec), gain, shift, slope
-    dy = _output_tangent(spec, x, residual, weights, vectors, dx, dresidual)
+    twins = output_tangent_on_cpu, _output_tangent
+    dy = on_cpu(*(partial(twin, spec) for twin in twins), x, residual, weights, vectors, dx, dresidual)
     return dy, mean_dx, 2 * mean_xhat_dx / rstd
 
 
 def _output_tangent(spec, x, residual, weights, vectors, dx, dresidual):
-    """activation'(y) (gain dx + dresidual + shift + slope (x - mean)), y from the first three vectors.
-
-    On a CPU the terms are kept separate, so that what they transpose to are sums in which XLA:CPU reads cotangent and x
-    as they are; without an activation each is rounded by itself and sums take long rows. Else the cotangent has to be
-    written first, times the derivative of the activation; long rows then gain nothing.
-    """
-    short = Rows(x.shape, spec.axes)
-    long = long_rows(x, spec.axes) if weights is None else short
-    change = partial(_change, spec, weights)
-    if spec.activation is None:
-        cpu = partial(change, long, unfused, spec.dtype)
-    else:
-        cpu = partial(change, short, unfused, None)
-    default = partial(change, short, as_they_are, None)
-    return on_cpu(cpu, default, x, residual, vectors, dx, dresidual)
-
-
-def _change(spec, weights, rows, separate, term_dtype, x, residual, vectors, dx, dresidual):
-    """`_output_tangent` for an array in rows; each term is rounded to term_dtype by itself, unless that is None."""
+    """activation'(y) (gain dx + dresidual + shift + slope (x - mean)); y from the first three vectors."""
     mean, gain_of_y, offset_of_y, gain, shift, slope = vectors
-    first = rows.broadcast(gain) * at_least_float32(rows.lay(dx))
-    first = first if dresidual is None else first + at_least_float32(rows.lay(dresidual))
-    second = jnp.broadcast_to(rows.broadcast(shift), first.shape)
-    x_again, mean_again, slope = separate((rows.lay(x), mean, slope), 4)
-    third = _deviations(rows, x_again, mean_again, weights) * rows.broadcast(slope)
-    terms = (v if term_dtype is None else v.astype(term_dtype) for v in (first, second, third))
-    first, second, third = (separate(v, number) for number, v in enumerate(terms))
-    dy = rows.back(first + second + third)
+    spread = partial(jnp.expand_dims, axis=spec.axes)
+    dy = spread(gain) * at_least_float32(dx) + spread(shift)
+    dy = dy + spread(slope) * deviations(x, mean, weights, spec.axes)
+    dy = dy if dresidual is None else dy + at_least_float32(dresidual)
     if spec.activation is not None:
-        y = _before_activation(rows, separate(x, 5), mean, gain_of_y, offset_of_y, residual, weights)
+        y = before_activation(x, mean, gain_of_y, offset_of_y, residual, weights, spec.axes)
         dy = jax.jvp(spec.activation, (y,), (dy,))[1]
     return dy.astype(spec.dtype)
 

@@ -219,14 +219,14 @@ def test_on_a_tpu_the_count_is_xlas_own_where_nothing_is_fetched_ahead(arm):
 
 
 @needs_libtpu
-def test_a_synchronized_layer_sends_twice_and_moves_what_flax_moves_on_a_tpu():
+def test_a_synchronized_layer_sends_twice_and_moves_what_flax_moves_and_a_sample_on_a_tpu():
     mesh = aot_targets.mesh_of("v5e:2x2")
     costs = [
         cost_of(aot_programs.compile_layer(aot_programs.ARMS[arm]("data", jax.nn.relu), mesh, output=True))
         for arm in ("jaxbn, fused", "flax")
     ]
-    assert [cost.all_reduces for cost in costs] == [2, 2]
-    assert costs[0].moved <= 1.001 * costs[1].moved
+    assert [cost.collectives for cost in costs] == [2, 2]
+    assert costs[0].moved <= 1.015 * costs[1].moved  # The sample of a sixteenth of x is a hundredth of six passes.
 
 
 @needs_libtpu
@@ -258,12 +258,12 @@ def test_one_layer_on_eight_gpus_takes_seven_passes_and_two_collectives():
         "import jax; from experiments.aot import cost, listing, programs, targets;"
         "mesh = targets.mesh_of('h100:8'); norm = programs.ARMS['jaxbn, fused']('data', jax.nn.relu);"
         "found = cost.cost_of(programs.compile_layer(norm, mesh, output=True));"
-        "print(found.all_reduces, found.moved / listing.size_of(programs.LAYER))"
+        "print(found.collectives, found.branches, found.moved / listing.size_of(programs.LAYER))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    all_reduces, passes = done.stdout.split()
-    # x for its sums; x and dy for theirs; x and dy for y and dx: seven passes, and partial sums of well under a tenth.
-    assert (int(all_reduces), float(passes)) == (2, pytest.approx(7, abs=0.1))
+    sent, branches, passes = done.stdout.split()
+    # x for its sums; x and dy for theirs; x and dy for y and dx: seven passes; a sixteenth for the sample.
+    assert (int(sent), int(branches), float(passes)) == (2, 0, pytest.approx(7, abs=0.1))
 
 
 MESH_SHAPE = (8, 4, 4, 3)  # of one device
@@ -285,8 +285,8 @@ def test_the_programs_compile_for_the_devices_that_are_here(monkeypatch, arm):
     chain = counted(aot_programs.compile_chain(norm, mesh, shape=MESH_SHAPE))
     alone = aot_programs.ARMS[arm](None, jax.nn.relu)
     loop = counted(aot_programs.compile_loop(conv_chain.loop(conv_chain.norm_first, True), alone, mesh, MESH_SHAPE))
-    assert (layer.all_reduces > 0, loop.all_reduces) == (arm != "none", 0)
-    assert chain.all_reduces > 0
+    assert (layer.collectives > 0, loop.collectives) == (arm != "none", 0)
+    assert chain.collectives > 0
 
 
 @pytest.mark.parametrize("program", listing.PROGRAMS)

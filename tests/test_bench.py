@@ -1,6 +1,7 @@
 """Benchmarks: every library is measured doing the same thing, and what is said of the times. No time is asserted."""
 
 import json
+import math
 from functools import partial
 
 import jax
@@ -173,6 +174,12 @@ def test_rows_come_back_from_a_record(tmp_path, name):
         records.write(tmp_path / "record.json", record)
         assert "one; jax 1, flax 2; commit abc" in (tmp_path / "record.md").read_text()
     assert records.from_json(type(ROWS[name]), records.as_json(ROWS[name])) == ROWS[name]
+
+
+def test_an_error_that_is_no_number_comes_back_from_strict_json():
+    lost = accuracy.Row("far", {"haiku": math.nan}, {"haiku": math.inf})
+    text = json.dumps(records.as_json(lost), allow_nan=False)
+    assert repr(records.from_json(type(lost), json.loads(text))) == repr(lost)
 
 
 def test_what_was_counted_ahead_of_time_is_kept_and_replaced(tmp_path):

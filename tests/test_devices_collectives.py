@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxbn
 from experiments.aot.collectives import Collective, collectives
+from jaxbn import _cpu, _measure
 
 FEATURES, DEVICES = 6, 8
 X = np.random.default_rng(0).normal(size=(32, 3, FEATURES)).astype(np.float32)
@@ -22,8 +23,8 @@ def mesh():
     return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
 
 
-def program(spread, norm, x, *, where=None, gradient=False, statistics=True):
-    """The compiled text of one layer: its outputs, or the gradients of a loss that all shards share."""
+def program(spread, norm, x, *, where=None, gradient=False, statistics=True, code="default"):
+    """The compiled text of one layer by the code for CPUs or the default's: outputs, or gradients of a shared loss."""
     variables = norm.init(jax.random.key(0), X)
 
     def layer(params, x, where):
@@ -43,7 +44,8 @@ def program(spread, norm, x, *, where=None, gradient=False, statistics=True):
         named = partial(NamedSharding, mesh())
         parts = jax.tree.map(named, (P(), P("data"), P("data")))
         f = jax.jit(f, in_shardings=parts, out_shardings=jax.tree.map(named, out))
-    return f.lower(variables["params"], x, where).compile().as_text()
+    with _cpu.force(code):
+        return f.lower(variables["params"], x, where).compile().as_text()
 
 
 def sent(*arguments, **options):
@@ -54,32 +56,56 @@ def sent(*arguments, **options):
 NAMED = {"shard_map": {"axis_name": "data"}, "jit": {}}
 
 
-@pytest.mark.parametrize("spread", ["jit", "shard_map"])
-def test_forward_sends_two_floats_a_feature_once(spread):
-    assert sent(spread, jaxbn.batch_norm(**NAMED[spread]), X) == [
-        Collective("all-reduce", 2 * FEATURES * FLOAT, in_loop=False)
-    ]
+VECTOR = FEATURES * FLOAT
+ONE, TWO = (Collective("all-reduce", n * VECTOR, in_loop=False) for n in (1, 2))
+# Under jit two sums, and before them a sample's mean, but on CPUs. Elsewhere each shard measures for itself, and all
+# gather mean, remainder and variance of each, with a mask its count too.
+GATHERED = [Collective("all-gather", DEVICES * 3 * VECTOR, in_loop=False)]
+FORWARD = {
+    ("jit", "cpu"): [TWO],
+    ("jit", "default"): [ONE, TWO],
+    ("shard_map", "cpu"): GATHERED,
+    ("shard_map", "default"): GATHERED,
+}
+spread_and_code = pytest.mark.parametrize(("spread", "code"), FORWARD)
+
+
+@spread_and_code
+def test_forward_sends_vectors_only(spread, code):
+    assert sent(spread, jaxbn.batch_norm(**NAMED[spread]), X, code=code) == FORWARD[spread, code]
 
 
 @pytest.mark.parametrize(("spread", "most"), [("jit", 96), ("shard_map", FEATURES)])
 def test_of_few_features_and_many_positions_no_more_than_a_long_row_is_sent_a_sum(spread, most):
     """XLA:CPU sums rows that lie beside each other; under jit it sends their sums before they are added."""
     x = np.random.default_rng(0).normal(size=(32, 8, FEATURES)).astype(np.float32)
-    both = sent(spread, jaxbn.batch_norm(**NAMED[spread]), x, gradient=True)
-    assert [c.kind for c in both] == ["all-reduce"] * 2
-    assert max(c.bytes for c in both) <= 2 * most * FLOAT
+    *_, last = every = sent(spread, jaxbn.batch_norm(**NAMED[spread]), x, gradient=True, code="cpu")
+    assert [c.kind for c in every] == [c.kind for c in [*FORWARD[spread, "cpu"], TWO]]
+    assert last.bytes <= 2 * most * FLOAT
 
 
-@pytest.mark.parametrize("spread", ["jit", "shard_map"])
-def test_forward_with_a_mask_sends_counts_too_in_the_same_collective(spread):
-    (only,) = sent(spread, jaxbn.batch_norm(**NAMED[spread]), X, where=WHERE)
-    assert 2 * FEATURES * FLOAT < only.bytes <= 3 * FEATURES * FLOAT
+@spread_and_code
+def test_forward_with_a_mask_sends_counts_too_in_the_same_collectives(spread, code):
+    """Counts come first under jit: a mean of what is masked is their quotient."""
+    every = sent(spread, jaxbn.batch_norm(**NAMED[spread]), X, where=WHERE, code=code)
+    assert [c.kind for c in every] == [c.kind for c in FORWARD[spread, code]]
+    assert sum(c.bytes for c in every) <= sum(c.bytes for c in FORWARD[spread, code]) + VECTOR * (
+        DEVICES if spread == "shard_map" else 1
+    )
 
 
-@pytest.mark.parametrize("spread", ["jit", "shard_map"])
-def test_gradients_of_input_scale_and_bias_send_two_floats_a_feature_once_more(spread):
-    both = sent(spread, jaxbn.batch_norm(**NAMED[spread]), X, gradient=True)
-    assert [c.bytes for c in both] == [2 * FEATURES * FLOAT] * 2
+@spread_and_code
+def test_gradients_of_input_scale_and_bias_send_two_floats_a_feature_once_more(spread, code):
+    norm = jaxbn.batch_norm(**NAMED[spread])
+    assert sent(spread, norm, X, gradient=True, code=code) == [*FORWARD[spread, code], TWO]
+
+
+def test_beyond_a_number_of_shards_two_sums_of_vectors_take_the_place_of_gathering(monkeypatch):
+    monkeypatch.setattr(_measure, "GATHERED", DEVICES - 1)
+    x = X[:, :2]  # A shape of its own: traces are kept by shape.
+    every = sent("shard_map", jaxbn.batch_norm(axis_name="data"), x, where=WHERE)
+    assert [c.kind for c in every] == ["all-reduce"] * 2
+    assert max(c.bytes for c in every) <= TWO.bytes
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -93,8 +119,10 @@ def test_gradients_of_ghost_groups_send_those_of_the_parameters_only():
 
 
 @pytest.mark.parametrize("spread", ["jit", "shard_map"])
-def test_running_statistics_of_ghost_groups_are_pooled_in_one_collective(spread):
-    assert len(sent(spread, jaxbn.batch_norm(group_size=4, **NAMED[spread]), X)) == 1
+def test_running_statistics_of_ghost_groups_are_pooled_with_vectors_only(spread):
+    every = sent(spread, jaxbn.batch_norm(group_size=4, **NAMED[spread]), X)
+    assert len(every) == len(FORWARD[spread, "default"])
+    assert max(c.bytes for c in every) <= DEVICES * 4 * VECTOR
 
 
 def test_per_device_statistics_under_shard_map_are_normalized_without_sending():
@@ -108,6 +136,6 @@ def test_per_device_statistics_under_shard_map_are_normalized_without_sending():
 
 @pytest.mark.parametrize("choice", [{"axis_index_groups": [[0, 2, 4, 6], [1, 3, 5, 7]]}, {"group_size": 16}])
 def test_two_groups_of_devices_send_once_forward_and_once_backward(choice):
-    """Each sends the rows of both groups, from which the running statistics are pooled, and parameters' gradients."""
-    both = sent("shard_map", jaxbn.batch_norm(axis_name="data", **choice), X, gradient=True)
-    assert [c.bytes for c in both] == [2 * 2 * FEATURES * FLOAT] * 2
+    """All gather the vectors of all, from which the running statistics are pooled; then each sends two groups' sums."""
+    every = sent("shard_map", jaxbn.batch_norm(axis_name="data", **choice), X, gradient=True)
+    assert [(c.kind, c.bytes) for c in every] == [("all-gather", 3 * DEVICES * VECTOR), ("all-reduce", 4 * VECTOR)]

@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hard_inputs import BIAS, FEATURES, HARD_INPUTS, ROWS, SCALE, cotangent
-from oracle import TINY, assert_exact, reference
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from oracle import BOUND, TINY, assert_exact, reference
 
 import jaxbn
+from jaxbn import _cpu, _measure
+from jaxbn._measure import sample
 
 
 def measure(x, dy, scale, bias, where=None, weights=None, *, axis, epsilon):
@@ -25,34 +29,74 @@ def measure(x, dy, scale, bias, where=None, weights=None, *, axis, epsilon):
 
 
 FULL = {"xla_backend_optimization_level": 3}  # The promise holds for programs as users compile them.
-measure_jit = jax.jit(measure, static_argnames=("axis", "epsilon"), compiler_options=FULL)
 
 
-def check(x, dy=None, *, axis, epsilon=1e-5, scale=None, bias=None, sensitivity=0.0, **weighting):
+def measure_by(code, *arguments, **options):
+    with _cpu.force(code):
+        return measure(*arguments, **options)
+
+
+measure_jit = jax.jit(measure_by, static_argnums=0, static_argnames=("axis", "epsilon"), compiler_options=FULL)
+# Both run on a CPU here: the code for CPUs and that for all other platforms.
+both_codes = pytest.mark.parametrize("code", ["cpu", "default"])
+
+
+def check(x, dy=None, *, code="cpu", axis, epsilon=1e-5, scale=None, bias=None, sensitivity=0.0, **weighting):
     x = np.asarray(x, np.float32)
     features = tuple(n for a, n in enumerate(x.shape) if a not in np.atleast_1d(axis) % x.ndim)
     dy = cotangent(x.shape) if dy is None else np.asarray(dy, np.float32)
     scale = np.full(features, 1.5, np.float32) if scale is None else scale
     bias = np.zeros(features, np.float32) if bias is None else bias
-    actual = measure_jit(x, dy, scale, bias, axis=axis, epsilon=epsilon, **weighting)
+    actual = measure_jit(code, x, dy, scale, bias, axis=axis, epsilon=epsilon, **weighting)
     exact, sizes = reference(x, dy, scale, bias, axis=axis, epsilon=epsilon, **weighting)
     assert_exact(actual, exact, sizes, axis=axis, sensitivity=sensitivity)
 
 
+@both_codes
 @pytest.mark.parametrize("name", HARD_INPUTS)
-def test_hard_input(name):
-    check(HARD_INPUTS[name], axis=0, scale=SCALE, bias=BIAS)
+def test_hard_input(name, code):
+    check(HARD_INPUTS[name], code=code, axis=0, scale=SCALE, bias=BIAS)
 
 
+@both_codes
+@pytest.mark.parametrize("positions", [(8,), (8, 8)])
 @pytest.mark.parametrize("name", HARD_INPUTS)
-def test_hard_input_of_many_positions_an_example(name):
-    check(HARD_INPUTS[name].reshape(-1, 8, FEATURES), axis=(0, 1), scale=SCALE, bias=BIAS)
+def test_hard_input_of_several_positions_an_example(name, positions, code):
+    x = HARD_INPUTS[name].reshape(-1, *positions, FEATURES)
+    check(x, code=code, axis=tuple(range(x.ndim - 1)), scale=SCALE, bias=BIAS)
 
 
+@both_codes
+@pytest.mark.parametrize("distance", [30.0, 1e3, 1e6])
+def test_sampled_positions_far_from_the_others(distance, code):
+    """The worst case for a shift by the mean of a sample: all that is in it lies far away, 3.9 std from the mean."""
+    x = np.random.default_rng(0).normal(1.0, 1.0, (32, 8, 8, FEATURES))
+    x[sample(jnp.zeros(x.shape), (1, 2))] += distance
+    x = x.astype(np.float32)
+    with _cpu.force(code):
+        found = jax.jit(lambda x: jaxbn.moments(x, (0, 1, 2)), compiler_options=FULL)(x)
+    # The variance may lose sixteen times what rounding costs a sum of squares; no other input comes so close to that.
+    bound = BOUND if code == "cpu" else 5e-6
+    assert_exact(found._asdict(), *reference(x, axis=(0, 1, 2)), axis=(0, 1, 2), bound=bound)
+
+
+@pytest.mark.parametrize("gathered", [8, 1], ids=["gathered", "in two sums"])
+@pytest.mark.parametrize("name", ["mean 1e+06 std", "magnitude 1e18", "sorted", "constants", "first 64 rows far away"])
+def test_hard_input_in_eight_shards(name, gathered, monkeypatch):
+    monkeypatch.setattr(_measure, "GATHERED", gathered)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    moments = jax.shard_map(
+        lambda x: jaxbn.moments(x, 0, axis_name="data"), mesh=mesh, in_specs=P("data"), out_specs=P()
+    )
+    x = HARD_INPUTS[name]
+    assert_exact(jax.jit(moments)(x)._asdict(), *reference(x, axis=0), axis=0)
+
+
+@both_codes
 @pytest.mark.parametrize("name", HARD_INPUTS)
-def test_hard_input_with_a_mask(name):
+def test_hard_input_with_a_mask(name, code):
     where = np.random.default_rng(3).uniform(size=(ROWS, FEATURES)) > 0.4
-    check(HARD_INPUTS[name], axis=0, scale=SCALE, bias=BIAS, where=where)
+    check(HARD_INPUTS[name], code=code, axis=0, scale=SCALE, bias=BIAS, where=where)
 
 
 @pytest.mark.parametrize("name", HARD_INPUTS)
@@ -176,7 +220,7 @@ def test_mean_keeps_what_its_rounding_to_float32_lost():
 def test_complex_hard_input(name):
     real, imaginary = HARD_INPUTS[name], np.roll(HARD_INPUTS[name], 1, axis=1)
     x, dy = (real + 1j * imaginary).astype(np.complex64), cotangent(real.shape) + 1j * cotangent(real.shape, 8)
-    actual = measure_jit(x, dy.astype(np.complex64), SCALE, BIAS, axis=0, epsilon=1e-5)
+    actual = measure_jit("cpu", x, dy.astype(np.complex64), SCALE, BIAS, axis=0, epsilon=1e-5)
     exact, sizes = reference(x, dy, SCALE, BIAS, axis=0)
     assert_exact(actual, exact, sizes, axis=0)
 

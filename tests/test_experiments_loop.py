@@ -305,6 +305,14 @@ def test_a_run_that_diverges_is_recorded_and_leaves_the_others_alone(tmp_path):
     assert 0 <= grid.curves(rows, "stage").accuracy[1, -1] <= 1
 
 
+def test_a_task_may_change_the_variables_after_each_step():
+    images, labels = data.pixels(jnp.asarray(dataset().train_images[:BATCH])), dataset().train_labels[:BATCH]
+    state = loop.init_run(TASK, dataset().train_images, RUNS[0])
+    halved = TASK._replace(after=lambda variables, images: jax.tree.map(lambda leaf: leaf / 2, variables))
+    (plain, _), (found, _) = (loop.train_step(task, RUNS[0], state, images, labels) for task in (TASK, halved))
+    chex.assert_trees_all_equal(found["variables"], jax.tree.map(lambda leaf: leaf / 2, plain["variables"]))
+
+
 def test_curves_hold_every_metric_that_was_recorded():
     runs = [{"seed": 0}, {"seed": 1}]
     rows = [

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from experiments.framework import results
+from experiments.framework import protocol, results
 from experiments.framework.experiment import Experiment, Grid, Search
-from experiments.framework.search import FIRST_SEED, runs_of, search, with_chosen
+from experiments.framework.search import FIRST_SEED, choose, runs_of, search, with_chosen
 from experiments.framework.tables import mean_and_std, table_of
+from experiments.training import loop
 
 GRID = Grid(task=None, batch_size=1, programs={"arm": ("plain", "batch norm")}, runs={"rate": (2.0, 1.0)})
 
@@ -48,6 +49,19 @@ def test_metrics_of_a_grid_have_the_axes_of_its_programs_and_runs_in_order(parts
     assert not found.isnull().any()
 
 
+def test_numbers_of_a_run_that_have_names_are_found_by_them():
+    grid = Grid(None, 1, {}, {"arm": {"off": {"on": 0}, "on": {"on": 1}}}, Search("rate", (0.1,)))
+    runs = [{**run, "rate": 0.1 + run["on"]} for run in runs_of(grid.runs, seeds=2)]
+    rows = list(rows_of("training", runs, lambda run, step: run["on"] + run["seed"]))
+    found = results.results_of(experiment(grid=grid), rows)["validation_accuracy"]
+    assert list(found.arm.values) == ["off", "on"]
+    assert float(found.sel(arm="on", seed=1, step=20)) == 2
+    assert protocol.chosen(grid, rows) == [
+        {"where": {"arm": "off"}, "value": 0.1},
+        {"where": {"arm": "on"}, "value": 1.1},
+    ]
+
+
 def test_what_was_concluded_of_one_program_is_unknown_of_the_others():
     rows = [
         *grid_rows(),
@@ -70,6 +84,12 @@ def test_the_first_step_is_unknown_where_it_is_never_reached():
     np.testing.assert_array_equal(results.first_step_with(array, 0.5), [20, np.nan])
 
 
+def test_figures_stand_side_by_side_by_name():
+    array = xr.DataArray([1.0, 2.0], {"arm": ["plain", "batch norm"]}, "arm", "loss").assign_coords(step=3)
+    found = results.side_by_side({"loss": array, "twice": 2 * array})
+    assert float(found.sel(arm="batch norm", figure="twice")) == 4
+
+
 def test_labelled_cells_say_what_they_are():
     array = xr.DataArray(
         np.zeros((2, 1, 3)), {"activation": ["relu", "sigmoid"], "std": [0.05]}, ("activation", "std", "seed")
@@ -80,11 +100,9 @@ def test_labelled_cells_say_what_they_are():
     ]
 
 
-def searched(peaks, values=(1.0, 2.0, 4.0), extensions=2):
+def searched(peaks, values=(1.0, 2.0, 4.0), **options):
     """The search over a grid in which each arm is best at its own rate; what was tried, and what was chosen."""
-    grid = Grid(
-        None, 1, {"arm": tuple(peaks)}, {"std": (1.0, 5.0)}, Search("rate", values, seeds=2, extensions=extensions)
-    )
+    grid = Grid(None, 1, {"arm": tuple(peaks)}, {"std": (1.0, 5.0)}, Search("rate", values, seeds=2, **options))
     trials = []
 
     def train(stage, program, runs):
@@ -116,6 +134,35 @@ def test_rates_are_added_below_too_and_no_more_often_than_allowed():
     assert [tried for *_, tried in trials] == [[1, 2, 4], [0.5]]
 
 
+def test_cells_of_a_shared_axis_take_what_is_best_at_its_first_value():
+    grid = Grid(None, 1, {}, {"times": (1.0, 100.0)}, Search("rate", (1.0, 2.0, 4.0), shared=("times",)))
+
+    def train(stage, program, runs):
+        assert {run["times"] for run in runs} == {1.0}
+        return list(rows_of(stage, runs, lambda run, step: -abs(run["rate"] - 2.0)))
+
+    runs = with_chosen(runs_of(grid.runs, 1), search(grid, train), {})
+    assert [(run["times"], run["rate"]) for run in runs] == [(1.0, 2.0), (100.0, 2.0)]
+
+
+def test_a_named_value_of_an_axis_brings_its_numbers_into_the_run():
+    arms = {"plain": {"normalize": 0, "scale": 2}, "batch norm": {"normalize": 1, "scale": 3}}
+    runs = runs_of({"arm": arms, "std": (1.0,)}, 1)
+    assert runs[1] == {"seed": 0, "arm": "batch norm", "std": 1.0, "normalize": 1, "scale": 3}
+    stacked = loop.stacked(runs, 2)
+    assert set(stacked) == {"seed", "std", "normalize", "scale"}
+    np.testing.assert_array_equal(stacked["scale"], [2, 3])
+
+
+def test_values_that_do_not_train_together_give_the_same_choice():
+    peaks = {"plain": 0.01, "batch norm": 2.0}
+    chosen, _ = searched(peaks, extensions=1)
+    apart, trials = searched(peaks, extensions=1, together=False)
+    xr.testing.assert_identical(apart, chosen)
+    assert [tried for _, arm, tried in trials if arm == "plain"] == [[1], [2], [4], [0.5]]
+    assert len({stage for stage, *_ in trials}) == len(trials)
+
+
 def test_a_run_that_diverged_is_never_chosen():
     grid = Grid(None, 1, {"arm": ("plain",)}, {}, Search("rate", (1.0, 2.0, 4.0), extensions=0))
 
@@ -125,6 +172,13 @@ def test_a_run_that_diverged_is_never_chosen():
         return rows
 
     assert float(search(grid, train).sel(arm="plain")) == 2.0
+
+
+def test_a_training_of_fewer_steps_is_not_searched():
+    grid = Grid(None, 1, {"arm": ("plain", "batch norm")}, {"std": (1.0, 5.0)}, Search("rate", (1.0,), least_steps=10))
+    chosen = choose(grid, 9, None)
+    runs = with_chosen(runs_of(grid.runs, 1), chosen, {"arm": "plain"})
+    assert runs == [{"seed": 0, "std": 1.0, "rate": 1.0}, {"seed": 0, "std": 5.0, "rate": 1.0}]
 
 
 def test_runs_get_the_value_chosen_for_their_cell():

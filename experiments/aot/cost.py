@@ -13,17 +13,17 @@ class Cost(NamedTuple):
     """What one device does in one run, from the compiled program.
 
     Attributes:
-      all_reduces: on the path that normally runs.
-      rare: all-reduces in loops that run where statistics are badly conditioned.
+      collectives: all-reduces, all-gathers and the like, on the path that normally runs.
+      rare: those in loops of which values decide the end.
       branches: conditionals, and loops of which values decide the end.
-      payload: bytes of the results of `all_reduces`, parameters' gradients included.
+      payload: bytes of the results of `collectives`, parameters' gradients included.
       moved: bytes read from and written to main memory on that path.
       moved_rarely: bytes that one round of each of those loops adds.
       on_chip: bytes read and written beside the cores, where a TPU's compiler keeps what fits.
       temporary: bytes of buffers that live during the run only.
     """
 
-    all_reduces: int
+    collectives: int
     rare: int
     branches: int
     payload: int
@@ -36,7 +36,7 @@ class Cost(NamedTuple):
 def cost_of(compiled: jax.stages.Compiled) -> Cost:
     """Read the cost of a compiled program."""
     text = text_of(compiled)
-    sent = [c for c in collectives(text) if c.kind == "all-reduce"]
+    sent = collectives(text)
     normal = [c for c in sent if not c.rare]
     temporary = temporary_bytes(compiled)
     payload = sum(c.bytes for c in normal)

@@ -37,7 +37,7 @@ def layer(mesh: Mesh) -> tuple[str, int, Iterator[Line]]:
     def lines() -> Iterator[Line]:
         for output in (False, True):
             for after, activation in (("", None), (" + relu", jax.nn.relu)):
-                for arm in ("jaxbn", "jaxbn, fused", "flax") if activation else ("jaxbn", "flax"):
+                for arm in ("jaxbn", "jaxbn, fused", "flax") if activation else ("jaxbn", "jaxbn, masked", "flax"):
                     norm = ARMS[arm]("data", activation)
                     what = ", output too" if output else ""
                     yield Line(f"{arm}{after}{what}", partial(compile_layer, norm, mesh, output=output))

@@ -31,10 +31,21 @@ IMAGE = (224, 224, 3)
 Arm = Callable[[str | None, Activation | None], jaxbn.Normalizer]  # of an axis name and an activation that follows
 
 
+def masked(norm: jaxbn.Normalizer) -> jaxbn.Normalizer:
+    """A norm for which every eighth example is padding."""
+
+    def apply(variables: dict, x: jax.Array, **options: Any) -> tuple[jax.Array, dict]:
+        counts = jnp.arange(x.shape[0]) % 8 > 0
+        return norm.apply(variables, x, where=counts.reshape(-1, *(1,) * (x.ndim - 1)), **options)
+
+    return norm._replace(apply=apply)
+
+
 ARMS: dict[str, Arm] = {
     "none": lambda axis_name, activation: followed_by(jaxbn.identity(), activation),
     "jaxbn": lambda axis_name, activation: followed_by(jaxbn.batch_norm(axis_name=axis_name), activation),
     "jaxbn, fused": lambda axis_name, activation: jaxbn.batch_norm(axis_name=axis_name, activation=activation),
+    "jaxbn, masked": lambda axis_name, activation: masked(jaxbn.batch_norm(axis_name=axis_name, activation=activation)),
     "flax": lambda axis_name, activation: followed_by(linen(axis_name=axis_name), activation),
     "flax, exact variance": lambda axis_name, activation: followed_by(
         linen(axis_name=axis_name, exact=True), activation

@@ -79,7 +79,7 @@ def columns(entry: Entry) -> list[str]:
     """What the figures of a line are."""
     label = "T" if entry.unit else "GiB"
     return [
-        "all-reduces",
+        "collectives",
         "rare",
         "branches",
         "KiB sent",
@@ -95,7 +95,7 @@ def figures(entry: Entry, counted: Counted) -> list[str]:
     cost, size = counted.cost, entry.unit or GIB
     volumes = (cost.moved, cost.moved_rarely, cost.on_chip, cost.temporary)
     return [
-        str(cost.all_reduces),
+        str(cost.collectives),
         str(cost.rare),
         str(cost.branches),
         f"{cost.payload / KIB:.1f}",

@@ -1,5 +1,6 @@
 """The record of the benchmarks: rows as JSON and back, so that tables and pages are made again without measuring."""
 
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -79,13 +80,15 @@ def is_here(package: str, versions: Mapping[str, str]) -> bool:
 
 
 def as_json(value: Any) -> Any:
-    """NamedTuples as objects, other tuples as lists."""
+    """NamedTuples as objects, other tuples as lists, a float that is not finite by its name, for JSON has none."""
     if hasattr(value, "_asdict"):
         return as_json(value._asdict())
     if isinstance(value, Mapping):
         return {key: as_json(v) for key, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return [as_json(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value
 
 
@@ -104,4 +107,4 @@ def from_json(kind: Any, value: Any) -> Any:
         return [from_json(of[0], v) for v in value]
     if origin is dict:
         return {key: from_json(of[1], v) for key, v in value.items()}
-    return value
+    return float(value) if kind is float else value

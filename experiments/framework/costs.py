@@ -31,7 +31,8 @@ def step_costs(grid: Grid, settings: Settings, arms: Sequence[str], axis: str = 
 def _measured(grid: Grid, settings: Settings, arms: Sequence[str], axis: str, program: Mapping) -> xr.Dataset:
     """A call is one interval of steps of every network of the grid."""
     schedule = loop.Schedule(settings.steps, settings.interval, grid.batch_size)
-    runs = runs_of(grid.runs, settings.seeds, settings.first_seed)
+    searched = {grid.search.axis: grid.search.values[:1]} if grid.search else {}  # no value costs more than another
+    runs = runs_of({**grid.runs, **searched}, settings.seeds, settings.first_seed)
     stacked, arrays = loop.stacked(runs, len(runs)), loop.on_device(data.load(settings.data))
 
     def interval_of(arm: str) -> Callable[[], object]:

@@ -53,6 +53,11 @@ class Search:
       seeds: runs of each value; they are not used again.
       on: the metric by whose mean over seeds is chosen; larger is better. A run that diverged counts as the worst.
       extensions: how often values may be added.
+      shared: run axes along which the choice is shared: it is made at the first value and holds for all others.
+      together: whether the runs of all values train together; else value after value, which saves compiling where the
+        runs of one value are many: then they are as many as those of the result.
+      least_steps: with fewer steps of training, as to see whether everything runs, nothing is searched and all take the
+        first value. It saves half of what is compiled.
     """
 
     axis: str
@@ -60,6 +65,9 @@ class Search:
     seeds: int = 2
     on: str = "validation_accuracy"
     extensions: int = 2
+    shared: tuple[str, ...] = ()
+    together: bool = True
+    least_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class Grid:
       task: task(settings, **program) -> what the runs of one program have in common; see `experiments.training.loop`.
       batch_size: examples a step.
       programs: axes of which every combination is a program of its own: {"arm": ("plain", "batch norm")}.
-      runs: axes of numbers that vary within a program: {"rate": (0.01, 1.0)}; "seed" comes by itself.
+      runs: axes of numbers that vary within a program: {"rate": (0.01, 1.0)}; "seed" comes by itself. An axis may have
+        names instead, each for some numbers of a run: {"arm": {"plain": {"normalize": 0}, "batch norm": ...}}.
       search: chooses the value of one further number of a run; None if nothing is chosen.
       conclude: conclude(trained) -> {name: (names of further axes, values [runs, ...])}; see `Trained`.
     """
@@ -78,7 +87,7 @@ class Grid:
     task: Callable[..., Task]
     batch_size: int
     programs: Mapping[str, tuple]
-    runs: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    runs: Mapping[str, tuple[float, ...] | Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     search: Search | None = None
     conclude: "Callable[[Trained], Mapping[str, tuple[tuple[str, ...], Any]]] | None" = None
 

@@ -138,6 +138,24 @@ def lines(ax: Axes, array: xr.DataArray, x: str, **options: Any) -> None:
     sns.lineplot(frame, x=x, y=str(array.name), **{"errorbar": ("pi", 100), "ax": ax, **options})
 
 
+def dots(ax: Axes, array: xr.DataArray, y: str, colors: Mapping[Any, str]) -> None:
+    """A line for each value of the axis `y` in one panel: every seed as a dot, their mean as a bar with its number.
+
+    Args:
+      ax: the panel.
+      array: with the axes y and "seed".
+      y: the axis whose values stand one below the other.
+      colors: {value of y: its colour}.
+    """
+    for place, name in enumerate(array[y].values):
+        values = array.sel({y: name}).values
+        ax.plot(values, np.full(len(values), place), "o", color=colors[name], alpha=0.35, markersize=5)
+        ax.plot(values.mean(), place, "|", color=colors[name], markersize=16, markeredgewidth=2.5)
+        ax.annotate(f"{values.mean():.3f}", (values.mean(), place - 0.24), ha="center", va="bottom", color=colors[name])
+    ax.set_yticks(range(array.sizes[y]), array[y].values)
+    ax.set_ylim(array.sizes[y] - 0.5, -0.75)
+
+
 def panels(
     *draw: Callable[[Axes, Any, xr.Dataset], None],
     title: str,

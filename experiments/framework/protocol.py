@@ -11,8 +11,10 @@ import xarray as xr
 
 from experiments.framework.experiment import Experiment, Grid, Settings
 from experiments.framework.results import axes_of, final, program_name, programs_of
+from experiments.framework.search import runs_of
 from experiments.framework.tables import Table, mean_and_std
 from experiments.training import data
+from experiments.training.loop import numbers_of
 
 MOST_ROWS = 60  # of the table of validation beside test
 
@@ -73,7 +75,7 @@ def chosen(grid: Grid, rows: Sequence[Mapping]) -> list[dict[str, Any]]:
 def parameter_counts(grid: Grid, settings: Settings) -> list[dict[str, Any]]:
     """The number of trained parameters of each program, over the axes on which it depends; nothing is computed."""
     shape = data.load(settings.data).train_images.shape[1:]
-    run = {"seed": 0, **{name: values[0] for name, values in grid.runs.items()}}
+    run = numbers_of(runs_of(grid.runs, 1)[0])
     run |= {grid.search.axis: grid.search.values[0]} if grid.search else {}
     counts = {}
     for program in programs_of(grid):

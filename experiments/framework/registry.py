@@ -17,6 +17,11 @@ EXPERIMENTS = (
     "deep_conv",
     "chain",
     "placement",
+    "reparameterization",
+    "whitening",
+    "through_statistics",
+    "effective_rate",
+    "affine_only",
     "mean_field",
     "rank",
 )

@@ -100,6 +100,12 @@ def first_step_with(array: xr.DataArray, at_least: float) -> xr.DataArray:
     return array.step.where(reached).min("step")
 
 
+def side_by_side(figures: Mapping[str, xr.DataArray]) -> xr.DataArray:
+    """Several arrays over the same axes as one with the axis "figure", whose values are their names: for a table."""
+    named = [array.rename("figures").reset_coords(drop=True) for array in figures.values()]
+    return xr.concat(named, "figure").assign_coords(figure=list(figures))
+
+
 def label_cells(array: xr.DataArray, axes: Sequence[str], name: str = "cell") -> xr.DataArray:
     """Several axes as one whose values say what they were: "sigmoid, std 0.05"."""
     stacked = array.stack({name: list(axes)})

@@ -19,7 +19,7 @@ from experiments.framework.protocol import protocol_of
 from experiments.framework.provenance import provenance
 from experiments.framework.record import CONFIG, Record, open_record, write_json
 from experiments.framework.report import write_summary
-from experiments.framework.search import runs_of, search, with_chosen
+from experiments.framework.search import choose, runs_of, with_chosen
 from experiments.framework.show import show_tables, show_verdicts
 from experiments.framework.tables import Table
 from experiments.framework.verdict import MOST_SEEDS, judge, seeds_for
@@ -123,7 +123,7 @@ def _train(grid: Grid, settings: Settings, record: Record, track: Track) -> None
             train_grid(record, stage, task, schedule, runs, dataset, track, **further)
         return [row for row in record.rows() if row.get("stage") == stage]
 
-    chosen = None if grid.search is None else search(grid, train)
+    chosen = None if grid.search is None else choose(grid, settings.steps, train)
     for program in results.programs_of(grid):
         runs = runs_of(grid.runs, settings.seeds, settings.first_seed)
         runs = runs if chosen is None else with_chosen(runs, chosen, program)

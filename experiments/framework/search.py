@@ -14,6 +14,16 @@ FIRST_SEED = 10_000  # seeds of a search; those of the result count from 0
 Train = Callable[[str, dict, list[dict]], Sequence[Mapping]]  # train(stage, program, runs) -> rows of the stage
 
 
+def choose(grid: Grid, steps: int, train: Train) -> xr.DataArray:
+    """What `search` finds; the first value for all where a training of so few `steps` is not to be searched."""
+    wanted = grid.search
+    if steps >= wanted.least_steps:
+        return search(grid, train)
+    axes = {**grid.programs, **grid.runs}
+    first = np.full([len(values) for values in axes.values()], wanted.values[0])
+    return xr.DataArray(first, {name: list(values) for name, values in axes.items()}, name=wanted.axis)
+
+
 def search(grid: Grid, train: Train) -> xr.DataArray:
     """The value that each program takes in each cell of the runs' axes: [programs' axes, runs' axes].
 
@@ -44,20 +54,30 @@ def _rounded(value):
 
 def _scores(grid: Grid, wanted: Search, values, number, train) -> xr.DataArray:
     """Mean over seeds of the metric at the end, [programs' axes, runs' axes, tried values]; -inf where one diverged."""
-    axes = {**grid.runs, wanted.axis: values}
+    shared = {axis: _first(grid.runs[axis]) for axis in wanted.shared}
     found = []
     for program in programs_of(grid):
-        rows = train(f"search {number}: {program_name(program)}", program, runs_of(axes, wanted.seeds, FIRST_SEED))
-        metrics = stage_results(rows, tuple(axes))
-        finite = np.isfinite(metrics["loss"].isel(step=-1))
-        score = metrics[wanted.on].isel(step=-1).where(finite, -np.inf).mean("seed")
-        found.append(score.assign_coords(program).expand_dims(list(program)))
+        for some in [values] if wanted.together else [(value,) for value in values]:
+            axes = {**grid.runs, **shared, wanted.axis: some}
+            alone = "" if wanted.together else f", {wanted.axis} {some[0]:g}"
+            stage = f"search {number}: {program_name(program)}{alone}"
+            metrics = stage_results(train(stage, program, runs_of(axes, wanted.seeds, FIRST_SEED)), tuple(axes))
+            finite = np.isfinite(metrics["loss"].isel(step=-1))
+            score = metrics[wanted.on].isel(step=-1).where(finite, -np.inf).mean("seed")
+            score = score.isel(dict.fromkeys(wanted.shared, 0), drop=True)
+            found.append(score.assign_coords(program).expand_dims(list(program)))
     return xr.combine_by_coords([score.to_dataset(name="score") for score in found])["score"]
 
 
-def runs_of(axes: Mapping[str, Sequence[float]], seeds: int, first_seed: int = 0) -> list[dict]:
-    """Every combination of the axes for every seed, seed after seed."""
+def _first(values):
+    return dict(list(values.items())[:1]) if isinstance(values, Mapping) else values[:1]
+
+
+def runs_of(axes: Mapping[str, Sequence | Mapping], seeds: int, first_seed: int = 0) -> list[dict]:
+    """Every combination of the axes for every seed, seed after seed; a name of an axis brings its numbers along."""
     cells = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    named = {axis: values for axis, values in axes.items() if isinstance(values, Mapping)}
+    cells = [cell | {k: v for axis in named for k, v in named[axis][cell[axis]].items()} for cell in cells]
     return [{"seed": seed, **cell} for seed in range(first_seed, first_seed + seeds) for cell in cells]
 
 

@@ -47,6 +47,7 @@ class Task(NamedTuple):
     # metrics(run, state, arrays) -> {name: scalar}, measured with the accuracies; state: {"variables", "optimizer"} of
     # one run, arrays: of `on_device`
     metrics: Callable | None = None
+    after: Callable | None = None  # after(variables, images) -> variables: changes them once the optimizer has stepped
 
 
 class Schedule(NamedTuple):
@@ -83,7 +84,7 @@ def check_data(task: Task, schedule: Schedule, run: dict, dataset: Dataset) -> N
         return
     images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
     try:
-        variables = jax.eval_shape(lambda run: task.init(run, jax.random.key(0), images), run)
+        variables = jax.eval_shape(lambda run: task.init(run, jax.random.key(0), images), numbers_of(run))
         jax.eval_shape(partial(task.apply, train=True), variables, images)
     except (TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -138,8 +139,9 @@ def train_step(task: Task, run: dict, state: dict, images: Array, labels: Array)
     params = state["variables"]["params"]
     (loss, batch_stats), gradient = jax.value_and_grad(loss_of, has_aux=True)(params)
     updates, optimizer = task.optimizer(run).update(gradient, state["optimizer"], params)
-    params = optax.apply_updates(params, updates)
-    return {"variables": {"params": params, "batch_stats": batch_stats}, "optimizer": optimizer}, loss
+    variables = {"params": optax.apply_updates(params, updates), "batch_stats": batch_stats}
+    variables = variables if task.after is None else task.after(variables, images)
+    return {"variables": variables, "optimizer": optimizer}, loss
 
 
 def is_right(apply: Callable, variables: dict, images: Array, labels: Array) -> Array:
@@ -269,5 +271,10 @@ def stacked(runs: list[dict], size: int) -> dict[str, Array]:
     filled = [*runs, *runs[-per_seed:] * ((size - len(runs)) // per_seed)]
     return {
         name: jnp.asarray([run[name] for run in filled], jnp.int32 if name == "seed" else jnp.float32)
-        for name in runs[0]
+        for name in numbers_of(runs[0])
     }
+
+
+def numbers_of(run: dict) -> dict:
+    """A run without the words in it, which are names for the numbers beside them."""
+    return {name: value for name, value in run.items() if not isinstance(value, str)}

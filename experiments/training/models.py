@@ -92,18 +92,20 @@ def conv5x5(features: int, *, padding: str, use_bias: bool) -> Layer:
     return Layer(lambda shape: (5, 5, shape[-1], features), apply, features, use_bias)
 
 
+def pool2x2(x: Array) -> Array:
+    """Means of 2 x 2 pixels; x: [batch, height, width, channels], height and width even."""
+    batch, height, width, channels = x.shape
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
 def after_pooling(layer: Layer) -> Layer:
     """The layer on the means of 2 x 2 pixels; x: [batch, height, width, channels], height and width even."""
-
-    def pool(x: Array) -> Array:
-        batch, height, width, channels = x.shape
-        return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
     def kernel_shape(shape: Shape) -> Shape:
         batch, height, width, channels = shape
         return layer.kernel_shape((batch, height // 2, width // 2, channels))
 
-    return layer._replace(kernel_shape=kernel_shape, apply=lambda weights, x: layer.apply(weights, pool(x)))
+    return layer._replace(kernel_shape=kernel_shape, apply=lambda weights, x: layer.apply(weights, pool2x2(x)))
 
 
 def patches3x3(x: Array, stride: int) -> Array:
@@ -162,6 +164,28 @@ def stack(
         return head.apply(of_head["layer"], x), batch_stats
 
     return Network(init, apply)
+
+
+def watched(norm: jaxbn.Normalizer, measure: Callable[[Array, Array], Array]) -> jaxbn.Normalizer:
+    """The normalizer with `measure(input, output)` in place of its moved statistics: to look into a network.
+
+    The second thing that a network built with it returns is then a list of what was measured in each layer. Its
+    variables are those of a network built with `norm`.
+    """
+
+    def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, Array]:
+        y, _ = norm.apply(variables, x, train=train)
+        return y, measure(x, y)
+
+    return jaxbn.Normalizer(norm.init, apply)
+
+
+def look(
+    build: Callable[[jaxbn.Normalizer], Network], norm: jaxbn.Normalizer, measure: Callable[[Array, Array], Array]
+) -> Callable[[dict, Array], list[Array]]:
+    """(variables, images) -> what `measure` finds in each layer in training mode; variables: leaves [runs, ...]."""
+    network = build(watched(norm, measure))
+    return jax.jit(jax.vmap(lambda variables, images: network.apply(variables, images, train=True)[1], (0, None)))
 
 
 def trace_shapes(layers: Sequence[Layer], x: Array) -> tuple[list[Shape], list[jax.ShapeDtypeStruct]]:

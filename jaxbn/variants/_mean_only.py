@@ -87,7 +87,7 @@ def mean_only_batch_norm(
         axes = reduced_axes(x.ndim, feature_axis)
         check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
         weights = combined_weights(x, where, weights)
-        rows = measure_groups(x, weights, None, axes, axis_group)
+        rows = measure_groups(x, weights, axes, axis_group)
         c = silenced(centered(x, axis_group.select_group(rows), axes), weights)
         return finish(c, bias, residual, x), over_all_groups(lax.stop_gradient(rows), axis_group)
 

@@ -110,7 +110,7 @@ def whitening_norm(
         if train:
             axes = reduced_axes(x.ndim, feature_axis)
             check_several(x, axes, axis_group, "Train on more examples, or use train=False.")
-            rows = measure_groups(x, weights, None, axes, axis_group)
+            rows = measure_groups(x, weights, axes, axis_group)
             c = silenced(centered(x, axis_group.select_group(rows), axes), weights)
             covariances = _covariances(c, weights, rows.count)
             whitening = _inverse_root(axis_group.select_group(covariances))
@@ -134,7 +134,8 @@ def whitening_norm(
         if axis_group.groups is not None:
             whitening = _inverse_root(_pooled_covariance(rows, measured, covariances))
         seen = jnp.any(measured.count > 0)
-        accept = accepts(seen, measured.mean, whitening, skip_nonfinite=skip_nonfinite)
+        means = measured.mean.reshape(*whitening.shape[:-1], 1)
+        accept = accepts(seen, means, whitening, skip_nonfinite=skip_nonfinite)
         new = {"mean": measured.mean, "whitening": whitening}
         return moved_where(accept, batch_stats, {n: decay * batch_stats[n] + (1 - decay) * new[n] for n in new})
 
