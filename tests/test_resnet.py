@@ -32,6 +32,11 @@ def test_depth_counts_the_weighted_layers():
     assert len(variables["params"]) == 56
 
 
+def test_a_network_of_one_stage_has_2n_plus_2_layers():
+    variables, _ = sizes(small_resnet(4, jaxbn.identity(), stages=1), (2, 28, 28, 1))
+    assert list(variables["params"]) == ["head", "stage0/block0/conv1", "stage0/block0/conv2", "stem"]
+
+
 @pytest.mark.parametrize("depth", [1, 2, 18, 21])
 def test_a_depth_that_is_not_6n_plus_2_is_refused(depth):
     with pytest.raises(ValueError, match=r"expected 6 n \+ 2"):

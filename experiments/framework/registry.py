@@ -20,6 +20,10 @@ EXPERIMENTS = (
     "reparameterization",
     "whitening",
     "through_statistics",
+    "effective_rate",
+    "affine_only",
+    "mean_field",
+    "rank",
     "landscape",
 )
 

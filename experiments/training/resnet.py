@@ -30,6 +30,7 @@ def small_resnet(
     *,
     classes: int = 10,
     width: int = 16,
+    stages: int = 3,
     residual: bool = True,
     convolve: Callable[[Array, Array, int], Array] | None = None,
 ) -> Network:
@@ -40,20 +41,23 @@ def small_resnet(
       norm: follows every convolution.
       classes: of the output.
       width: filters of the first stage; each further stage has twice as many and half the height and width.
+      stages: fewer than three make a network of 2 stages n + 2 layers.
       residual: False leaves out the shortcuts.
       convolve: convolve(x, kernel, stride) -> y with zero padding, in place of XLA's convolution; `patch_convolve` is
         faster inside loops on a CPU.
 
     Raises:
-      ValueError: depth is not 6 n + 2.
+      ValueError: depth is not 6 n + 2, or not 2 stages n + 2.
     """
-    blocks, rest = divmod(depth - 2, 6)
+    blocks, rest = divmod(depth - 2, 2 * stages)
     if rest or blocks < 1:
-        raise ValueError(f"depth={depth}; expected 6 n + 2, such as 20, 56 or 110.")
+        raise ValueError(
+            f"depth={depth}; expected {2 * stages} n + 2, such as {[2 * stages * n + 2 for n in (3, 9, 18)]}."
+        )
 
     def forward(unit: UnitOf, x: Array) -> Array:
         x = jax.nn.relu(unit("stem", x, width, 3, 1))
-        for stage in range(3):
+        for stage in range(stages):
             for block in range(blocks):
                 stride = 2 if stage and not block else 1
                 x = _basic(unit, f"stage{stage}/block{block}", x, width * 2**stage, stride, residual)
