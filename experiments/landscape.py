@@ -170,10 +170,10 @@ EXPERIMENT = Experiment(
     citation="S. Santurkar, D. Tsipras, A. Ilyas, A. Madry: How Does Batch Normalization Help Optimization?"
     " NeurIPS 2018, arXiv:1805.11604.",
     theme=WHY_FASTER,
-    differs="The source trains VGG on CIFAR-10, and its figure 4 has curves without numbers to set beside ours; here eight"
-    " small layers learn digits for 100 steps, with strides where VGG has maxima. We take its p-norms over the batch and"
-    " all positions of a feature, and could not read more of its protocol than its text says. Frozen statistics and"
-    " equal distances are ours.",
+    differs="The source trains VGG on CIFAR-10, and its figure 4 has curves without numbers to set beside ours; here"
+    " eight small layers learn digits for 100 steps, with strides where VGG has maxima. We take its p-norms over the"
+    " batch and all positions of a feature, and could not read more of its protocol than its text says. Frozen"
+    " statistics and equal distances are ours.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=1, blocks=((4,),), units=8),
         "cpu": Sizes(seeds=5, data="mnist5k", steps=100, interval=25),
