@@ -104,7 +104,7 @@ def surfaces(trained: Trained) -> dict:
         return LossOutput(loop.softmax_loss(logits, batch[1]), 1.0, stats)
 
     measure = partial(diagnostics.interpolate, partial(loss, True), partial(loss, False))
-    names, runs = list(OPTIMIZERS), trained.runs
+    names, runs, networks = list(OPTIMIZERS), trained.runs, jax.device_get(trained.variables)
     along = np.full((len(runs), len(names), len(STATISTICS), len(LINE)), np.nan)
     plane = np.full((len(runs), len(STATISTICS), len(SIDE), len(SIDE)), np.nan)
     found = {(run["seed"], run["arm"], run["optimizer"]): number for number, run in enumerate(runs)}
@@ -114,7 +114,7 @@ def surfaces(trained: Trained) -> dict:
         batch = loop.take(trained.arrays, index)
 
         def corners(*others: str, seed=seed, arm=arm) -> list[dict]:
-            return [jax.tree.map(lambda leaf, at=found[seed, arm, o]: leaf[at], trained.variables) for o in others]
+            return [jax.tree.map(lambda leaf, at=found[seed, arm, o]: leaf[at], networks) for o in others]
 
         for other in names[names.index(name) + 1 :]:
             along[number, names.index(other)] = measure(corners(name, other), batch, (LINE,))
@@ -219,7 +219,8 @@ def draw_planes(settings: Sizes, r: xr.Dataset) -> Drawn:
         filled = ax.contourf(SIDE, SIDE, values, levels, norm="log", cmap="cividis")
         for place, corner in zip([(0, 0), (1, 0), (0, 1)], CORNERS, strict=True):
             ax.plot(*place, "o", color="white", markeredgecolor="black")
-            ax.annotate(corner, place, xytext=(5, 6), textcoords="offset points", color="white", weight="bold")
+            box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1.5}
+            ax.annotate(corner, place, xytext=(0, 8), textcoords="offset points", ha="center", bbox=box)
         ax.set(title=name, xlabel=f"towards {CORNERS[1]}", ylabel=f"towards {CORNERS[2]}", aspect="equal")
     drawn.colorbar(filled, ax=axes[0], label="loss of training digits", ticks=levels, format="%.2g")
     return finish(
