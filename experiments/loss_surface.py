@@ -8,7 +8,8 @@ neighbouring points by less than a tenth of the mean change on its line. A line 
 
 The control is the same line with stale statistics: the running ones of its first end, which do not follow the weights.
 
-`python -m experiments run loss_surface` takes about three minutes on two cores.
+`python -m experiments run loss_surface` takes about three minutes on two cores. By three earlier seeds most claims need
+3 to 7 seeds, and that on valleys 16; 10 are taken, the most here. The result's seeds are fresh.
 """
 
 from dataclasses import dataclass
@@ -251,7 +252,7 @@ EXPERIMENT = Experiment(
     " statistics are ours.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=2, blocks=((4,),), units=8),
-        "cpu": Sizes(seeds=5, data="mnist5k", steps=120, interval=60),
+        "cpu": Sizes(seeds=10, data="mnist5k", steps=120, interval=60),
         "full": Sizes(
             seeds=5, data="cifar10", steps=50_000, interval=5_000, units=512,
             blocks=((64,), (128,), (256, 256), (512, 512), (512, 512)),
