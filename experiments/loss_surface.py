@@ -4,7 +4,8 @@ Protocol (Im et al. 2016): a small VGG-style network on 3,500 digits, batch 60, 
 Five optimizers start from the same weights and see the same batches, each at the rate that was best on validation.
 Then the loss of 250 training digits is measured at 17 points of the straight line between the end points of every two
 optimizers. The statistics are those of the digits at each point. A plateau is where the loss hardly changes: between
-neighbouring points by less than a tenth of the mean change on its line. A line like sin^2 has 4% of it.
+neighbouring points by less than a tenth of the mean change on its line. A line like sin^2 has 4% of it, on average over
+where its top lies.
 
 The control is the same line with stale statistics: the running ones of its first end, which do not follow the weights.
 
@@ -196,10 +197,14 @@ def figures(r: xr.Dataset) -> xr.DataArray:
 
 def draw_lines(arm: str, title: str, ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """The loss along every line, mean over seeds."""
-    loss = on_lines(r).sel(arm=arm, drop=True).mean("seed")
-    lines(ax, loss, x="point", units="line", estimator=None, errorbar=None, color=SHADES[arm], alpha=0.6)
+    loss = on_lines(r).mean("seed")
+    shown = loss.sel(arm=arm, drop=True)
+    lines(ax, shown, x="point", units="line", estimator=None, errorbar=None, color=SHADES[arm], alpha=0.6)
     ax.set(xlabel="way from one end to the other", ylabel="loss of training digits", title=title)
-    ax.set_ylim(bottom=0)
+    if arm == STALE:
+        ax.set(yscale="log", ylabel="loss of training digits, logarithmic")
+    else:
+        ax.set_ylim(0, 1.05 * float(loss.sel(arm=[PLAIN, NORM]).max()))  # the same for both
 
 
 def draw_flat(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
@@ -246,10 +251,23 @@ EXPERIMENT = Experiment(
     citation="D. J. Im, M. Tao, K. Branson: An Empirical Analysis of the Optimization of Deep Network Loss Surfaces."
     " 2016, arXiv:1612.04010.",
     theme=WHY_FASTER,
-    differs="The source trains VGG and NIN on CIFAR-10 until they hardly change and shows surfaces without a figure for"
-    " plateaus; we could read its abstract and summaries of it alone. Here four small layers learn digits for two"
-    " epochs, in VGG's style only, with strides where VGG has maxima. Its share of flat ground and the stale"
-    " statistics are ours.",
+    answer="No plateaus were found here that batch norm could take away: on a straight line between the end points of"
+    " two optimizers the loss hardly changed on 5% of the way without batch norm and on 8% with it, where a smooth hill"
+    " has 4%. With batch norm what was seen depended on the statistics: with the running statistics of one end the loss"
+    " midway was 8.7 times that with the right ones, a wall that is not there.",
+    reader_questions={
+        "What do I have to do with batch norm when I average or interpolate weights?": "Compute the statistics anew for"
+        " the new weights. Midway between two networks the loss was 1.3 times too large with averaged statistics, and"
+        " 8.7 times with those of one end.",
+        "Do different optimizers end in different valleys?": "Not after two epochs from the same start: the highest"
+        " point of the line between them lay 0.02 above the loss of the worse end with batch norm, and 0.03 without."
+        " Networks that train longer may move further apart.",
+    },
+    differs="As remembered, the source trains VGG and NIN on CIFAR-10 until they hardly change, and shows surfaces"
+    " without a number for plateaus; we could read its abstract alone. Here five small layers learn digits for two"
+    " epochs, in VGG's style only, with strides where VGG has maxima, and there is hardly any hill between end points."
+    " Three of the ten arms took the greatest rate that was tried, at which the search ended. The share of flat ground"
+    " and the stale statistics are ours.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=2, blocks=((4,),), units=8),
         "cpu": Sizes(seeds=10, data="mnist5k", steps=120, interval=60),
@@ -313,14 +331,13 @@ EXPERIMENT = Experiment(
     pictures=[
         panels(
             partial(draw_lines, PLAIN, "without batch norm"),
-            partial(draw_lines, NORM, "batch norm, statistics of each point"),
-            partial(draw_lines, STALE, "batch norm, stale statistics"),
+            partial(draw_lines, NORM, "batch norm"), partial(draw_lines, STALE, STALE),
             draw_flat, file="loss_surface.png", size=(3.9, 3.8),
             title="Is the loss flat between trained networks, and does batch norm take the plateaus away?",
             caption="Loss on the straight lines between the end points of every two of five optimizers, mean over"
-            " seeds. Stale: running statistics of the first end. Right: a dot is a seed, a bar the mean of seeds;"
-            " dotted, above it a line counts as having plateaus. The loss hardly changes where neighbouring points"
-            " differ by less than a tenth of the line's mean change.",
+            " seeds. Batch norm: statistics of the digits at each point. Stale: running statistics of the first end."
+            " Right: a dot is a seed, a bar the mean of seeds; beyond the dotted line there would be plateaus. The loss"
+            " hardly changes where neighbouring points differ by less than a tenth of the line's mean change.",
         ),
         draw_planes,
     ],
