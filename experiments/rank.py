@@ -17,12 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import xarray as xr
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from scipy.stats import rankdata
 
 from experiments.framework.claim import Claim, Compared
@@ -30,23 +27,9 @@ from experiments.framework.experiment import WHAT_IT_IS, Experiment, Grid, Searc
 from experiments.framework.pictures import COLORS, lines, panels
 from experiments.framework.results import final
 from experiments.framework.tables import table_of
-from experiments.training import loop
-from experiments.training.towers import (
-    ACTIVATIONS,
-    ARMS,
-    BATCH,
-    BROKEN,
-    CHAINS,
-    DEPTHS,
-    HE,
-    PLAIN,
-    STARTED,
-    deeper,
-    start_of,
-    task,
-)
+from experiments.training.random_chains import BATCH, BROKEN, PLAIN, chain_ranks
+from experiments.training.towers import ARMS, DEPTHS, HE, STARTED, starts, task
 
-SMALLEST = 1e-5  # of the largest singular value: what counts for the rank of part one
 COLLAPSED = 1.2  # of the source's lower bound of the rank, whose least value is 1
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 # Read off the picture in the source's repository (linear, gamma = infinity): 2 to the power of 1.5, 2.2, ...
@@ -63,51 +46,12 @@ class Sizes(Settings):
     width: int
 
 
-def chains(settings: Sizes, width: int) -> xr.Dataset:
-    """`rank` and `bound` [arm, activation, depth, seed] of the layers of one width; bound is (sum s^2)^2 / sum s^4."""
-    shape = len(CHAINS), len(ACTIVATIONS), len(settings.chain_depths), settings.seeds
-    ranks, bounds = np.full((2, *shape), np.nan)
-    with jax.enable_x64(True):
-        keys = jax.vmap(jax.random.key)(jnp.asarray(settings.every_seed))
-        start = jax.vmap(lambda key: jax.random.normal(key, (width, width)))(keys)
-        for arm, activation in np.ndindex(shape[:2]):
-            h, done = start, 0
-            for place, depth in enumerate(settings.chain_depths):
-                if list(ACTIVATIONS)[activation] == "ReLU" and depth > settings.relu_depth:
-                    continue
-                h, done = deeper(arm, activation, keys, h, done, depth), depth
-                singular = np.linalg.svd(np.asarray(h), compute_uv=False)
-                singular /= np.where(singular[:, :1] > 0, singular[:, :1], 1)  # where all units died the rank is 0
-                ranks[arm, activation, place] = np.sum(singular > SMALLEST, axis=1)
-                fourth = np.maximum(np.sum(singular**4, axis=1), np.finfo(float).tiny)
-                bounds[arm, activation, place] = np.sum(singular**2, axis=1) ** 2 / fourth
-    axes = ("chain", "activation", "layers", "seed")
-    names = {"chain": list(CHAINS), "activation": list(ACTIVATIONS), "layers": list(settings.chain_depths)}
-    found = xr.Dataset({"chain_rank": (axes, ranks), "chain_bound": (axes, bounds)}, names)
-    return found.assign_coords(seed=settings.every_seed, width=width)
-
-
-def at_the_start(settings: Sizes) -> xr.Dataset:
-    """What `start_of` says of every network: `rank`, `bound` and `gradients` [arm, seed, depth]."""
-    names = {"arm": list(ARMS), "seed": settings.every_seed, "depth": list(map(float, DEPTHS))}
-    values = np.reshape(
-        [start_of(settings.data, settings.width, arm, settings.every_seed) for arm in ARMS],
-        (*map(len, names.values()), 3),
-    )
-    starts = {name: (tuple(names), values[..., number]) for number, name in enumerate(("rank", "bound", "gradients"))}
-    return xr.Dataset(starts, names)
-
-
-def grid_task(settings: Sizes, arm: str) -> loop.Task:
-    """The networks of one arm."""
-    return task(settings.data, settings.width, arm)
-
-
 def stages(settings: Sizes) -> Iterator[Stage]:
     """One for each width of part one, and the start of part two."""
     for width in settings.widths:
-        yield Stage(f"width {width}", partial(chains, settings, width))
-    yield Stage("start", partial(at_the_start, settings))
+        measure = partial(chain_ranks, width, settings.chain_depths, settings.relu_depth, settings.every_seed)
+        yield Stage(f"width {width}", measure)
+    yield Stage("start", partial(starts, settings.data, settings.width, settings.every_seed))
 
 
 def last_layer(found: xr.DataArray) -> xr.DataArray:
@@ -154,13 +98,6 @@ def uneven(r: xr.Dataset) -> xr.DataArray:
     return abs(np.log(r.gradients))
 
 
-def in_powers_of_two(axis: Axis, last: int) -> None:
-    """Ticks 1, 2, 4, ... up to `last` on a logarithmic axis."""
-    ticks = 2 ** np.arange(int(np.log2(last)) + 1)
-    axis.set_ticks(ticks, labels=map(str, ticks))
-    axis.set_ticks([], minor=True)
-
-
 def draw_depth(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """Rank by depth in linear networks of the widest kind that was measured."""
     shown = r.chain_rank.sel(activation="linear", drop=True).isel(width=-1)
@@ -168,7 +105,8 @@ def draw_depth(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     width = settings.widths[-1]
     ax.axhline(width**0.5, color="grey", linestyle=":", label="square root of the width")
     ax.set(xscale="log", yscale="log", xlabel="layer", ylabel="rank", title=f"Linear, width {width}, at the start")
-    in_powers_of_two(ax.yaxis, width)
+    ax.set_yticks(POWERS[:8], map(str, POWERS[:8]))
+    ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -180,8 +118,9 @@ def draw_width(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     ax.plot(settings.widths, np.sqrt(settings.widths), color="grey", linestyle=":", label="square root of the width")
     ax.set(xscale="log", yscale="log", xlabel="units per layer", ylabel="rank")
     ax.set(title=f"Linear, layer {settings.chain_depths[-1]:,}, at the start")
-    in_powers_of_two(ax.xaxis, 256)
-    in_powers_of_two(ax.yaxis, 32)
+    ax.set_xticks(POWERS[3:], map(str, POWERS[3:]))
+    ax.set_yticks(POWERS[:6], map(str, POWERS[:6]))
+    ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8)
 
 
@@ -195,10 +134,12 @@ def draw_training(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
         )
     ax.set(xscale="log", xlabel="rank of the last hidden layer at the start", ylabel="test accuracy after training")
     ax.set(title=f"Trained; larger is deeper ({DEPTHS[0]} to {DEPTHS[-1]} layers)", ylim=(0, 1.02))
-    in_powers_of_two(ax.xaxis, settings.width)
+    ax.set_xticks(POWERS[:7], map(str, POWERS[:7]))
+    ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8)
 
 
+POWERS = [2**power for power in range(9)]  # the axes' ticks
 SHADES = COLORS | {HE: "#e69f00", BROKEN: "#56b4e9", STARTED: "#009e73"}
 at_start = partial(Claim, unit="of rank", measures="rank after the deepest layer, by activation and width")
 
@@ -239,7 +180,8 @@ EXPERIMENT = Experiment(
         ),
     },
     grid=Grid(
-        grid_task, 64, {"arm": ARMS}, {"depth": DEPTHS}, Search("rate", RATES, seeds=1, extensions=0, least_steps=100)
+        lambda settings, arm: task(settings.data, settings.width, arm), 64, {"arm": ARMS}, {"depth": DEPTHS},
+        Search("rate", RATES, seeds=1, extensions=0, least_steps=100),
     ),
     stages=stages,
     claims=[
