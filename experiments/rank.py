@@ -136,7 +136,8 @@ def draw_training(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     ax.set(title=f"Trained; larger is deeper ({DEPTHS[0]} to {DEPTHS[-1]} layers)", ylim=(0, 1.02))
     ax.set_xticks(POWERS[:7], map(str, POWERS[:7]))
     ax.minorticks_off()
-    ax.legend(frameon=False, fontsize=8)
+    for handle in ax.legend(frameon=False, fontsize=8).legend_handles:
+        handle.set_sizes([40])
 
 
 POWERS = [2**power for power in range(9)]  # the axes' ticks
