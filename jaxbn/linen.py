@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import dtypes
 
 from jaxbn._inputs import canonical_axes
@@ -196,7 +197,7 @@ class Norm(nn.Module):
     def _variables(self, x):
         # One key for all of them: variables that belong together start together. Without a stream it is only traced.
         key = self.make_rng("params") if self.has_rng("params") else jax.random.key(0)
-        start = partial(self.norm.init, key, jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
+        start = partial(self.norm.init, key, jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)))
         names = jax.eval_shape(start)
         params = {n: self.param(n, lambda _, n=n: start()["params"][n]) for n in names["params"]}
         stats = {
