@@ -28,6 +28,8 @@ _WORKS: dict[str, tuple[str, ...]] = {
     "group_norm": ("wu2018group",),
     "rms_norm": ("zhang2019root",),
     "filter_response_norm": ("singh2020filter",),
+    "graph_norm": ("cai2021graphnorm",),
+    "running_norm": ("welford1962note", "andrychowicz2021matters"),
     "noisy": ("santurkar2018does",),
     "frozen": (),
 }
@@ -163,6 +165,36 @@ _ENTRIES: dict[str, tuple[str, str, str, dict[str, str], int]] = {
         {"booktitle": "{IEEE/CVF} Conference on Computer Vision and Pattern Recognition", "pages": "11237--11246"},
         2020,
     ),
+    "cai2021graphnorm": (
+        "inproceedings",
+        "Cai, Tianle and Luo, Shengjie and Xu, Keyulu and He, Di and Liu, Tie-Yan and Wang, Liwei",
+        "{GraphNorm}: A Principled Approach to Accelerating Graph Neural Network Training",
+        {"booktitle": "International Conference on Machine Learning"},
+        2021,
+    ),
+    "welford1962note": (
+        "article",
+        "Welford, B. P.",
+        "Note on a Method for Calculating Corrected Sums of Squares and Products",
+        {"journal": "Technometrics", "volume": "4", "number": "3", "pages": "419--420"},
+        1962,
+    ),
+    "andrychowicz2021matters": (
+        "inproceedings",
+        "Andrychowicz, Marcin and Raichuk, Anton and Sta{\\'n}czyk, Piotr and Orsini, Manu and Girgin, Sertan and"
+        " Marinier, Rapha{\\\"e}l and Hussenot, L{\\'e}onard and Geist, Matthieu and Pietquin, Olivier and"
+        " Michalski, Marcin and Gelly, Sylvain and Bachem, Olivier",
+        "What Matters for On-Policy Deep Actor-Critic Methods? A Large-Scale Study",
+        {"booktitle": "International Conference on Learning Representations"},
+        2021,
+    ),
+    "he2020momentum": (
+        "inproceedings",
+        "He, Kaiming and Fan, Haoqi and Wu, Yuxin and Xie, Saining and Girshick, Ross",
+        "Momentum Contrast for Unsupervised Visual Representation Learning",
+        {"booktitle": "{IEEE/CVF} Conference on Computer Vision and Pattern Recognition", "pages": "9729--9738"},
+        2020,
+    ),
     "santurkar2018does": (
         "inproceedings",
         "Santurkar, Shibani and Tsipras, Dimitris and Ilyas, Andrew and Madry, Aleksander",
@@ -223,6 +255,8 @@ def _by_argument(name: str, passed: dict[str, Any]) -> list[str]:
     keys = []
     if "batch_norm" in name and passed.get("group_size") is not None:
         keys.append("hoffer2017train")
+    if passed.get("shuffle"):
+        keys.append("he2020momentum")
     if name == "batch_renorm" and passed.get("warmup_steps"):
         keys.append("bhatt2024crossq")
     if name == "conditional_batch_norm":

@@ -9,7 +9,7 @@ from jaxbn._layers import leaves_by_path
 from jaxbn.variants._frozen import path_name
 
 # What the params of normalizers are called, jaxbn's and Flax's.
-_NORM_NAMES = {"scale", "bias", "scale_kernel", "bias_kernel", "threshold", "epsilon"}
+_NORM_NAMES = {"scale", "bias", "mean_scale", "scale_kernel", "bias_kernel", "threshold", "epsilon"}
 
 
 def decay_mask(variables: Mapping[str, Any], *, biases: bool = True) -> Any:
