@@ -128,7 +128,7 @@ class BatchRenorm(nnx.Module):
                 variable.set_value(moved[name])
         return y
 
-    def set_view(self, use_running_average: bool | None = None):
+    def set_view(self, use_running_average: bool | None = None) -> dict[str, Any]:
         """Called by `nnx.view` to set the mode of a view of the module.
 
         Args:
@@ -136,6 +136,7 @@ class BatchRenorm(nnx.Module):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        return {}  # Flax 0.12.4 asks for the arguments that were not used.
 
 
 _INITIALIZERS = ("scale_init", "bias_init")

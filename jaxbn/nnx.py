@@ -254,7 +254,7 @@ class Norm(nnx.Module):
             jax.tree.map(_assign, self.batch_stats, moved, is_leaf=_is_variable)
         return y
 
-    def set_view(self, use_running_average: bool | None = None):
+    def set_view(self, use_running_average: bool | None = None) -> dict[str, Any]:
         """Called by `nnx.view` to set the mode of a view of the module.
 
         Args:
@@ -262,6 +262,7 @@ class Norm(nnx.Module):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        return {}  # Flax 0.12.4 asks for the arguments that were not used.
 
 
 def _chosen(in_call: bool | None, in_module: bool | None) -> bool:
