@@ -9,7 +9,6 @@ from normalizers import CASES, draw, ready
 # The dimension of the batch, and what is known of it.
 BATCHES = {
     "batch_norm": ("b", ()),
-    "batch_norm, debias": ("b", ()),
     "batch_renorm": ("b", ()),
     "ghost_batch_norm": ("2*b", ()),
     "virtual_batch_norm": ("b", ("b >= 3",)),

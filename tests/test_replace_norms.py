@@ -42,7 +42,7 @@ def trained(net, variables, make, where="", **options):
     return apply(variables)
 
 
-LAYERS = pytest.mark.parametrize("norm", [nn.BatchNorm, jaxbn.linen.BatchNorm, jaxbn.linen.BatchRenorm])
+LAYERS = pytest.mark.parametrize("norm", [nn.BatchNorm, jaxbn.linen.BatchRenorm])
 
 
 @LAYERS
@@ -125,7 +125,7 @@ def lifted(features, rngs):
     return jaxbn.nnx.Norm(jaxbn.batch_norm(), features, rngs=rngs)
 
 
-NNX = [nnx.BatchNorm, jaxbn.nnx.BatchNorm, jaxbn.nnx.BatchRenorm, lifted]
+NNX = [nnx.BatchNorm, jaxbn.nnx.BatchRenorm, lifted]
 
 
 def pure(module, kind=nnx.BatchStat):
