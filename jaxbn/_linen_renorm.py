@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax.linen import dtypes
 
 from jaxbn._inputs import canonical_axes
-from jaxbn._module_norm import arguments_of
+from jaxbn._module_norm import arguments_of, moves_statistics
 from jaxbn._normalizer import Normalizer
 from jaxbn._running import init_batch_stats
 from jaxbn._shell import floating, widened, with_mask
@@ -82,7 +82,7 @@ class BatchRenorm(nn.Module):
           x: [...], of any rank; integers are promoted as in Flax.
           use_running_average: as the attribute; one of the two must be given, and only one.
           mask: broadcastable to x: true where a value counts in the statistics.
-          **arguments: of `batch_renorm`'s apply: weights, residual, step.
+          **arguments: of `batch_renorm`'s apply: weights, residual, step, ...
 
         Returns:
           y of x's shape.
@@ -99,7 +99,7 @@ class BatchRenorm(nn.Module):
         held = widened({n: v for n, v in held.items() if n != "step"}, x.dtype) | {"step": held["step"]}
         variables = {"params": params, "batch_stats": held}
         y, moved = norm.apply(variables, x, train=not use_running_average, **with_mask(arguments, mask))
-        if not (use_running_average or self.is_initializing()):
+        if moves_statistics(use_running_average, arguments) and not self.is_initializing():
             for name, value in moved.items():
                 stats[name].value = value
         return y

@@ -49,6 +49,12 @@ def arguments_of(module: Any, factory: Callable[..., Normalizer]) -> dict[str, A
     return arguments | {"allow_single_value": True if allow is None else allow}
 
 
+def moves_statistics(use_running_average: bool, arguments: dict[str, Any]) -> bool:
+    """Whether a call moves the running statistics: as its `update` says, else in training."""
+    update = arguments.get("update")
+    return not use_running_average if update is None else update
+
+
 def made_for(module: Any, make: Make) -> Normalizer:
     """The Normalizer that takes a module's place: `make`, or what it makes of the one that the module stands for."""
     norm = make if isinstance(make, Normalizer) or not callable(make) else make(normalizer_of(module))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 
-from jaxbn._module_norm import arguments_of
+from jaxbn._module_norm import arguments_of, moves_statistics
 from jaxbn._running import init_batch_stats
 from jaxbn._shell import floating, widened, with_mask
 from jaxbn.variants._renorm import Limit, batch_renorm, paper_d_max, paper_r_max
@@ -103,7 +103,7 @@ class BatchRenorm(nnx.Module):
           x: [...], of any rank; integers are promoted as in Flax.
           use_running_average: for this call, in place of the attribute.
           mask: broadcastable to x: true where a value counts in the statistics.
-          **arguments: of `batch_renorm`'s apply: weights, residual, step.
+          **arguments: of `batch_renorm`'s apply: weights, residual, step, ...
 
         Returns:
           y of x's shape.
@@ -123,7 +123,7 @@ class BatchRenorm(nnx.Module):
         norm = batch_renorm(**arguments_of(self, batch_renorm) | {"dtype": dtype})
         variables = {"params": params, "batch_stats": held}
         y, moved = norm.apply(variables, x, train=not chosen, **with_mask(arguments, mask))
-        if not chosen:
+        if moves_statistics(chosen, arguments):
             for name, variable in stats.items():
                 variable.set_value(moved[name])
         return y

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxbn._module_norm import moves_statistics
 from jaxbn._normalizer import Normalizer
 
 
@@ -87,4 +88,4 @@ class Norm(eqx.nn.StatefulLayer):
         inference = self.inference if inference is None else inference
         variables = {"params": self.params, "batch_stats": state.get(self.index)}
         y, batch_stats = self.norm.apply(variables, x, train=not inference, rng=key, **arguments)
-        return y, state if inference else state.set(self.index, batch_stats)
+        return y, state.set(self.index, batch_stats) if moves_statistics(inference, arguments) else state

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxbn._layers import flat_names, nested_names
+from jaxbn._module_norm import moves_statistics
 from jaxbn._normalizer import Normalizer
 
 
@@ -51,7 +52,7 @@ class Norm(hk.Module):
         start = self.norm.init(key, jax.ShapeDtypeStruct(x.shape, x.dtype))
         held = {kind: nested_names(self._variables(kind, flat_names(start[kind]))) for kind in _GETTERS}
         y, moved = self.norm.apply(held, x, train=is_training and not hk.running_init(), **arguments)
-        if is_training and not hk.running_init():
+        if moves_statistics(not is_training, arguments) and not hk.running_init():
             for name, value in flat_names(moved).items():
                 hk.set_state(name.replace("/", "."), value)
         return y
