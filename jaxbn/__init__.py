@@ -23,7 +23,8 @@ A trained network
   statistics of a data set: population_statistics, input_moments, recordable
   folding into a neighbouring layer: fold_variables, fold_preceding, fold_following, Preceding, Following
   inserting without an effect: unfold_variables, unfold
-  fine-tuning by path: path_mask, stop_gradient_at, keep_at
+  fine-tuning by path: path_mask, stop_gradient_at, keep_at; without weight decay on norms: decay_mask
+  what to cite: citation
 
 Beside batch norm
   recurrent networks: batch_norm_lstm, RecurrentCell, LSTMCarry
@@ -31,7 +32,8 @@ Beside batch norm
   what batch norm replaced: penalty, renormalize_after_step
 
 Modules, imported when first used: jaxbn.linen and jaxbn.nnx (Flax layers), jaxbn.training (train steps),
-jaxbn.convert (torch, Keras, Haiku), jaxbn.diagnostics, jaxbn.testing (laws of a normalizer), jaxbn.variants.
+jaxbn.convert (torch, Keras, Haiku), jaxbn.diagnostics, jaxbn.testing (laws of a normalizer), jaxbn.variants; and for
+other libraries jaxbn.equinox, jaxbn.haiku.
 
 `help(jaxbn.batch_norm)` and the like give arguments, shapes, errors and sources.
 """
@@ -41,6 +43,8 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from jaxbn._batch_norm import batch_norm as batch_norm
+from jaxbn._citation import citation as citation
+from jaxbn._decay_mask import decay_mask as decay_mask
 from jaxbn._factory import normalizer_factory as normalizer_factory
 from jaxbn._fold import Following as Following
 from jaxbn._fold import Preceding as Preceding
@@ -98,6 +102,8 @@ from jaxbn.variants import whitening_norm as whitening_norm
 if TYPE_CHECKING:
     from jaxbn import convert as convert
     from jaxbn import diagnostics as diagnostics
+    from jaxbn import equinox as equinox
+    from jaxbn import haiku as haiku
     from jaxbn import linen as linen
     from jaxbn import nnx as nnx
     from jaxbn import testing as testing
@@ -107,7 +113,7 @@ if TYPE_CHECKING:
     __version__: str
 
 # Names are exported as `X as X` and not by `__all__`, with which `help(jaxbn)` would print every docstring in full.
-_MODULES = ("convert", "diagnostics", "linen", "nnx", "testing", "training", "variants")
+_MODULES = ("convert", "diagnostics", "equinox", "haiku", "linen", "nnx", "testing", "training", "variants")
 
 
 def __getattr__(name: str) -> Any:

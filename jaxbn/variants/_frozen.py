@@ -59,14 +59,14 @@ def path_mask(tree: Any, path_filter: PathFilter) -> Any:
     """
     chosen = path_filter if callable(path_filter) else lambda path: re.search(path_filter, path) is not None
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    names = [_name(path) for path, _ in leaves]
+    names = [path_name(path) for path, _ in leaves]
     mask = [bool(chosen(name)) for name in names]
     if names and not any(mask):
         raise ValueError(f"path_filter={path_filter!r} chooses none of the paths, which are {names}.")
     return jax.tree.unflatten(treedef, mask)
 
 
-def _name(path) -> str:
+def path_name(path) -> str:
     """The names on the way to a leaf, joined by "/"."""
     # Variables of nnx and boxed values of linen hold their array in an attribute of this name.
     path = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path
