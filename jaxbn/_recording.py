@@ -64,26 +64,54 @@ def recorded_moments(before: Mapping[str, Any], after: Mapping[str, Any]) -> Mea
 
 
 def start_pooling(batch_stats: Any) -> Any:
-    """The same tree, every layer that keeps a "mean" ready to pool the moments of microbatches.
+    """Statistics that collect the moments of microbatches and do not move, for gradient accumulation in your own loop.
+
+    Pass them to the network in training in the place of batch_stats, and what it returns to the next microbatch; then
+    `finish_pooling` moves the running statistics once, by the moments of all microbatches pooled by count: by exactly
+    those of the batch that they make up, however unequal they are. Each microbatch is normalized by itself. In
+    `jaxbn.training` a step with `microbatches=` does all this.
+
+    The result is a tree of arrays, of the same structure whatever has been collected: a carry of `lax.scan`, an
+    argument of a jitted step. Evaluation reads the running statistics in it.
 
     Args:
-      batch_stats: any tree of layers; to be passed to the network, as it comes back, with each microbatch.
+      batch_stats: of a network, any tree of layers, of jaxbn's normalizers and modules, or made `recordable`. Those of
+        other layers stay as they are.
+
+    Raises:
+      ValueError: from the network in training, layers that have no moments to pool: `whitening_norm`,
+        `virtual_batch_norm`.
+      TypeError: batch_stats pool already.
     """
+    if any(map(is_recorded, jax.tree.leaves(batch_stats, is_leaf=is_recorded))):
+        raise TypeError("batch_stats pool moments already; go on with them, or end that with finish_pooling first.")
     layers = {path: stats for path, stats in leaves_by_path(batch_stats).items() if "mean" in stats}
     return replace_layers(batch_stats, {path: empty_record(stats, Mode.POOL) for path, stats in layers.items()})
 
 
 def finish_pooling(pooled: Any, batch_stats: Any) -> Any:
-    """Running statistics moved once by all that was pooled.
+    """Running statistics moved once by all that was pooled; as they were where that is nothing.
 
     Args:
       pooled: what came of `start_pooling(batch_stats)`, after the network has been applied to each microbatch.
       batch_stats: the statistics before, whose shapes and dtypes the result has.
+
+    Returns:
+      batch_stats of the same structure.
+
+    Raises:
+      ValueError: pooled has another structure, as plain batch_stats have.
     """
 
     def finished(leaf, before):
         return leaf.moved.astype(before.dtype) if is_recorded(leaf) else leaf
 
+    expected = jax.tree.structure(jax.eval_shape(start_pooling, batch_stats))
+    if jax.tree.structure(pooled) != expected:
+        raise ValueError(
+            f"pooled has the structure {jax.tree.structure(pooled)}; expected what the network made of"
+            f" start_pooling(batch_stats): {expected}."
+        )
     return jax.tree.map(finished, pooled, batch_stats, is_leaf=is_recorded)
 
 
