@@ -1,7 +1,6 @@
 """Batch normalization, assembled: measure, normalize, update."""
 
 from collections.abc import Hashable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -139,8 +138,10 @@ def batch_norm(
         batch_axis = None if ghosts is None else axes[0]
         return y, _pooled(jax.lax.stop_gradient(measured), axis_group, scope, pool_axis_name, batch_axis)
 
-    rule: dict[str, Any] = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
-    update = partial(update_batch_stats, **rule)
+    def update(batch_stats, measured):
+        rule: dict[str, Any] = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
+        return update_batch_stats(batch_stats, measured.moments, **rule)
+
     everyone = AxisGroup((*_names(axis_name), *_names(pool_axis_name)) or None)
     measuring = MeasuringNormalizer(init, train, evaluate)
     return running_normalizer(measuring, update, feature_axis=feature_axis, axis_group=everyone)

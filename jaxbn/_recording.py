@@ -18,7 +18,7 @@ from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import combined_weights, inexact, reduced_axes
 from jaxbn._layers import leaves_by_path, replace_layers
 from jaxbn._measure import measure
-from jaxbn._moments import Measured, Moments, merge_measured
+from jaxbn._moments import Measured, merge_measured
 from jaxbn._normalizer import Normalizer, Variables, check_mode
 from jaxbn._padding import silenced
 from jaxbn._record import BatchStats, Mode, Recorded, empty_record, is_recorded, mode_of, running_part
@@ -117,7 +117,7 @@ def finish_pooling(pooled: Any, batch_stats: Any) -> Any:
 
 def running_normalizer(
     norm: MeasuringNormalizer,
-    update: Callable[[BatchStats, Moments], BatchStats],
+    update: Callable[[BatchStats, Measured], BatchStats],
     *,
     feature_axis: int | Sequence[int],
     axis_group: AxisGroup,
@@ -126,7 +126,7 @@ def running_normalizer(
 
     Args:
       norm: the normalization.
-      update: update(batch_stats, moments) -> batch_stats.
+      update: update(batch_stats, measured) -> batch_stats.
       feature_axis: the axis or axes of x that norm keeps.
       axis_group: shards over which the moments of x are pooled where norm normalizes by its running statistics.
     """
@@ -144,7 +144,7 @@ def running_normalizer(
         else:
             y, measured = norm.train(plain, x, **batch)
         if mode is None:
-            return y, update(held, measured.moments)
+            return y, update(held, measured)
         return y, _added(held, lax.stop_gradient(measured), update if mode is Mode.POOL else None)
 
     return Normalizer(norm.init, apply)
@@ -204,8 +204,8 @@ def unrecordable(norm: Normalizer, reason: str) -> Normalizer:
     return Normalizer(norm.init, apply)
 
 
-def _unmoved(batch_stats, moments):
-    del moments
+def _unmoved(batch_stats, measured):
+    del measured
     return batch_stats
 
 
@@ -224,7 +224,7 @@ def _measured(x, where, weights, feature_axis, axis_group):
 def _added(record, measured, update):
     """The record with a batch added; with an update, the statistics moved by all that is now in it."""
     pooled = merge_measured(record["mean"].measured, measured)
-    moved = {} if update is None else update(running_part(record), pooled.moments)
+    moved = {} if update is None else update(running_part(record), pooled)
 
     def leaf(name, old: Recorded) -> Recorded:
         new = moved.get(name, old.moved).astype(old.moved.dtype)

@@ -13,7 +13,7 @@ from jaxbn._checks import check_residual, checked, checked_epsilon
 from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import along, combined_weights, feature_shape, inexact, reduced_axes, stats_dtype
 from jaxbn._measure import measure
-from jaxbn._moments import Moments
+from jaxbn._moments import Measured
 from jaxbn._normalizer import Normalizer
 from jaxbn._padding import at_running_mean
 from jaxbn._recording import MeasuringNormalizer, running_normalizer
@@ -89,16 +89,16 @@ def running_norm(
         x = inexact(x)
         batch_stats, axes = read(variables, x, True), reduced_axes(x.ndim, feature_axis)
         measured = lax.stop_gradient(measure(x, combined_weights(x, where, weights), axes, axis_group))
-        return by(update(batch_stats, measured.moments), x, where, weights, residual), measured
+        return by(update(batch_stats, measured), x, where, weights, residual), measured
 
-    def update(batch_stats, moments):
-        return _with_batch(batch_stats, moments, skip_nonfinite)
+    def update(batch_stats, measured):
+        return _with_batch(batch_stats, measured, skip_nonfinite)
 
     measuring = MeasuringNormalizer(init, train, evaluate)
     return running_normalizer(measuring, update, feature_axis=feature_axis, axis_group=axis_group)
 
 
-def _with_batch(old: BatchStats, batch: Moments, skip_nonfinite: bool) -> BatchStats:
+def _with_batch(old: BatchStats, batch: Measured, skip_nonfinite: bool) -> BatchStats:
     """Statistics that include the batch, each as two floats.
 
     With n of N values in the batch: mean + (mean_batch - mean) n / N; var + (var_batch - var) n / N +
@@ -107,15 +107,17 @@ def _with_batch(old: BatchStats, batch: Moments, skip_nonfinite: bool) -> BatchS
     # The first batch replaces what was there: 1 + (var - 1) would round a small variance to the precision of 1.
     here = {name: jnp.where(old["count"] > 0, value, 0) for name, value in old.items()}
     share = safe_divide(batch.count, here["count"] + batch.count)
-    apart = batch.mean - here["mean"] - here["mean_rest"]
+    apart, of_rest = batch.mean - here["mean"], batch.remainder - here["mean_rest"]
+    between = (1 - share) * squared(apart + of_rest)
     more = {
-        "count": jnp.broadcast_to(batch.count, share.shape),
-        "mean": share * apart,
-        "var": share * ((batch.var - here["var"] - here["var_rest"]) + (1 - share) * squared(apart)),
+        "count": (jnp.broadcast_to(batch.count, share.shape), 0),
+        "mean": (share * apart, share * of_rest),
+        "var": (share * ((batch.var - here["var"] - here["var_rest"]) + between), 0),
     }
     new = {}
-    for name in _STATISTICS:
-        new[name], new[f"{name}_rest"] = _two_sum(here[name], here[f"{name}_rest"] + more[name])
+    for name, (large, small) in more.items():
+        total, lost = _two_sum(here[name], large)
+        new[name], new[f"{name}_rest"] = _two_sum(total, lost + (here[f"{name}_rest"] + small))
     accept = accepts(batch.count > 0, new["mean"], new["var"], skip_nonfinite=skip_nonfinite)
     return moved_where(accept, old, new)
 
