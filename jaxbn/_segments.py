@@ -149,8 +149,8 @@ def normalize_segments(
     mean square is var + |(1 - mean_scale) * mean|**2, so that one measuring will do.
 
     Args:
-      x: floating or complex.
-      mean_scale: real, [features]; None is 1.
+      x: floating, or complex without a mean_scale.
+      mean_scale: [features]; None is 1.
       weights: as `segment_weights` makes them.
       ids: as `segments_of` makes them.
       segments: as well; without groups of shards.
@@ -194,24 +194,29 @@ def _standardize_jvp(spec, primals, tangents):
     return (y, measured), (dy, Measured(zeros[0], dmean, zeros[1], dvar))
 
 
-# y = (x - a mean) inverse, inverse = 1 / sqrt(mean(|x - a mean|**2) + epsilon), a the mean_scale, means by segment:
+# y = (x - a mean) inverse, inverse = 1 / sqrt(var + |(1 - a) mean|**2 + epsilon), a the mean_scale; means by segment.
+# With xhat = (x - mean) inverse and ybar = (1 - a) mean inverse, the mean of y,
 #
 #   du = inverse dx                                                               [places, features]
-#   t  = a mean(du) + da mean inverse                                             [segments, features], as all means
-#   dy = du - t - y (mean(y du) - mean(y) t),  mean(y) = (1 - a) mean inverse
+#   r  = (1 - a) mean(du) - da mean inverse                                       [segments, features], as all means
+#   dy = du - mean(du) - ybar mean(xhat du) + (1 - ybar**2) r - xhat (mean(xhat du) + ybar r)
 #
-# In units of the output, since products of the variance itself leave the range of float32. One collective.
+# where 1 - ybar**2 is (var + epsilon) inverse**2, which does not cancel. In units of the output, since products of the
+# variance itself leave the range of float32. One collective.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(7, 8))
 def _tangent(x, mean_scale, weights, ids, measured, dx, dmean_scale, segments, epsilon):
     inverse, kept = _inverse_and_kept(mean_scale, measured, epsilon)
-    y = _output(x, mean_scale, weights, ids, measured, segments, epsilon)
+    xhat = _centered(x, weights, ids, measured, segments) * segments.spread(inverse, ids)
     du = at_least_float32(dx) * segments.spread(inverse, ids)
-    mean_du, mean_y_du = _means(segments, weights, ids, measured.count, du, inner(y, du))
-    mean_y = kept * inverse
-    t = mean_du if mean_scale is None else mean_scale[None] * mean_du + dmean_scale[None] * measured.mean * inverse
-    dy = du - segments.spread(t, ids) - y * segments.spread(mean_y_du - inner(mean_y, t), ids)
-    mean_c_du = mean_y_du - inner(mean_y, mean_du)
-    return dy, mean_du / inverse, 2 * mean_c_du / inverse / inverse
+    mean_du, mean_xhat_du = _means(segments, weights, ids, measured.count, du, inner(xhat, du))
+    shift, slope = mean_du, mean_xhat_du
+    if mean_scale is not None:
+        ybar = kept * inverse
+        r = (1 - mean_scale)[None] * mean_du - dmean_scale[None] * measured.mean * inverse
+        shift = shift + ybar * mean_xhat_du - (measured.var + epsilon) * inverse * inverse * r
+        slope = slope + ybar * r
+    dy = du - segments.spread(shift, ids) - xhat * segments.spread(slope, ids)
+    return dy, mean_du / inverse, 2 * mean_xhat_du / inverse / inverse
 
 
 def _means(segments, weights, ids, count, *values):

@@ -58,12 +58,12 @@ def test_statistics_are_welfords(size, offset):
 
 
 def test_statistics_do_not_drift_over_many_steps():
-    """One float for each would be off by 1e-4 here, and the count by more than a tenth of a per mille."""
+    """One float for each would be off by 1e-6 in the mean and 4e-6 in the variance here, and by more later."""
     batches = drawn(40_000, 1, offset=30.0)
     after, _ = scanned(batches)
     x = np.concatenate(batches).astype(np.float64)
     np.testing.assert_allclose(after["mean"], x.mean(0), rtol=1e-7)
-    np.testing.assert_allclose(after["var"], x.var(0), rtol=5e-7)
+    np.testing.assert_allclose(after["var"], x.var(0), rtol=1e-7)
 
 
 def test_a_count_goes_on_where_one_float_would_stand_still():

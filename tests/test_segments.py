@@ -234,3 +234,5 @@ def test_graph_norm_without_graphs_is_refused():
         norm.apply(norm.init(KEY, X), X, train=True)
     with pytest.raises(ValueError, match="num_segments=0"):
         jaxbn.graph_norm(0)
+    with pytest.raises(TypeError, match="graph_norm takes real arrays"):
+        norm.apply(norm.init(KEY, X), X.astype(complex), train=True, segment_ids=IDS)

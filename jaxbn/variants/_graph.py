@@ -67,7 +67,7 @@ def graph_norm(
     Raises:
       ValueError: a negative epsilon, num_segments below 1; and from apply, no segment_ids or some of another shape than
         x's, or params of another shape.
-      TypeError: segment_ids that are not integers.
+      TypeError: complex x, or segment_ids that are not integers.
     """
     checked_epsilon(epsilon)
     if num_segments is not None and num_segments < 1:
@@ -84,6 +84,8 @@ def graph_norm(
     def apply(variables, x, *, train, segment_ids=None, where=None, weights=None, rng=None, residual=None):
         del rng
         x = inexact(x)
+        if jnp.iscomplexobj(x):
+            raise TypeError(f"x has dtype {x.dtype}; graph_norm takes real arrays.")
         shape = feature_shape(x, feature_axis)
         shapes = affine.shapes(shape) | ({"mean_scale": shape} if use_mean_scale else {})
         params, batch_stats = checked(variables, x, train, feature_axis, shapes, {})
