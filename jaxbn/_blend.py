@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxbn._arithmetic import safe_divide
 from jaxbn._layers import find_layers, replace_layers
@@ -57,18 +56,22 @@ def blend(
 
 
 def _blended(path, stats, moments, prior_count, count, debias):
-    old = {name: jnp.asarray(stats[name]) for name in ("mean", "var")}
-    if jnp.shape(moments.mean) != old["mean"].shape:
+    shapes = jnp.shape(moments.mean), jnp.shape(stats["mean"])
+    if shapes[0] != shapes[1]:
         raise ValueError(
-            f"the moments of layer {path!r} have features of shape {jnp.shape(moments.mean)}; its statistics have"
-            f" {old['mean'].shape}: measure over all other axes."
+            f"the moments of layer {path!r} have features of shape {shapes[0]}; its statistics have {shapes[1]}:"
+            " measure over all other axes."
         )
-    seen = jnp.broadcast_to(jnp.asarray(moments.count), old["var"].shape)
+    old = {name: jnp.asarray(stats[name]) for name in ("mean", "var")}
+    # Averages that are corrected when read are kept multiplied by their weight.
+    return _average(old, Moments(*moments), stats["weight"] if debias else 1.0, prior_count, count)
+
+
+@jax.jit
+def _average(old, moments, scale, prior_count, count):
+    seen = jnp.broadcast_to(moments.count, old["var"].shape)
     n = seen if count is None else jnp.where(seen > 0, jnp.asarray(count, seen.dtype), 0)
     share, kept = (safe_divide(part, n + prior_count) for part in (n, jnp.full_like(n, prior_count)))
-    # Averages that are corrected when read are kept multiplied by their weight.
-    scale = jnp.asarray(stats["weight"]) if debias else 1
     new = {"mean": moments.mean, "var": moments.var}
     moved = {name: kept * old[name] + share * scale * new[name] for name in old}
-    accept = accepts(n > 0, jnp.asarray(moments.mean), jnp.asarray(moments.var))
-    return moved_where(accept, old, lax.stop_gradient(moved))
+    return moved_where(accepts(n > 0, moments.mean, moments.var), old, moved)

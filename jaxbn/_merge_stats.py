@@ -1,6 +1,7 @@
 """Running statistics of several networks of one architecture pooled: those of clients, or of checkpoints."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -45,15 +46,18 @@ def merge_batch_stats(trees: Sequence[Any], counts: Sequence[float] | jax.Array,
     weights = _checked_counts(counts, len(trees))
     layers = [leaves_by_path(tree) for tree in trees]
     _check_alike(layers)
-    merged = {path: _merged(path, [layer[path] for layer in layers], weights, debias) for path in layers[0]}
+    merged = {}
+    for path in layers[0]:
+        stats = [{name: jnp.asarray(leaf) for name, leaf in layer[path].items()} for layer in layers]
+        _check_moments(path, stats[0])
+        merged[path] = _merged(stats, weights, debias)
     return replace_layers(trees[0], merged)
 
 
-def _merged(path, stats, weights, debias) -> dict[str, jax.Array]:
-    """One layer: {name: leaf}."""
-    first = {name: jnp.asarray(value) for name, value in stats[0].items()}
-    _check_moments(path, first)
-    stacked = {name: jnp.stack([jnp.asarray(s[name]) for s in stats]) for name in first}
+@partial(jax.jit, static_argnums=(2,))
+def _merged(stats: list[dict[str, jax.Array]], weights: jax.Array, debias: bool) -> dict[str, jax.Array]:
+    """The merged leaves of one layer, by name."""
+    first, stacked = stats[0], {name: jnp.stack([s[name] for s in stats]) for name in stats[0]}
     found = {name: jnp.max(v, 0) for name, v in stacked.items() if jnp.issubdtype(v.dtype, jnp.integer)}
     if "mean" not in first:
         return found

@@ -8,7 +8,7 @@ from jaxbn._axis_group import axis_group_of
 from jaxbn._inputs import canonical_axes, combined_weights, inexact
 from jaxbn._measure import measure
 from jaxbn._moments import Moments
-from jaxbn._segments import measure_segments, segment_weights, segments_of
+from jaxbn._segments import measure_segments_jit, segment_weights, segments_of
 
 
 def moments(
@@ -57,5 +57,5 @@ def moments(
     if segment_ids is None and num_segments is None:
         return measure(x, weights, axes, axis_group).moments
     ids, segments = segments_of(x, axes, segment_ids, num_segments, axis_group)
-    measured = measure_segments(x, segment_weights(x, weights, ids, segments), ids, segments)
+    measured = measure_segments_jit(x, segment_weights(x, weights, ids, segments), ids, segments)
     return axis_group.select_group(measured).moments

@@ -106,11 +106,11 @@ def finish_pooling(pooled: Any, batch_stats: Any) -> Any:
     def finished(leaf, before):
         return leaf.moved.astype(before.dtype) if is_recorded(leaf) else leaf
 
-    expected = jax.tree.structure(jax.eval_shape(start_pooling, batch_stats))
-    if jax.tree.structure(pooled) != expected:
+    found, expected = (str(jax.tree.structure(v)) for v in (pooled, jax.eval_shape(start_pooling, batch_stats)))
+    if found != expected:
         raise ValueError(
-            f"pooled has the structure {jax.tree.structure(pooled)}; expected what the network made of"
-            f" start_pooling(batch_stats): {expected}."
+            f"pooled has the structure {found}; expected what the network made of start_pooling(batch_stats),"
+            f" {expected}."
         )
     return jax.tree.map(finished, pooled, batch_stats, is_leaf=is_recorded)
 

@@ -77,7 +77,7 @@ def segments_of(
         raise TypeError(f"num_segments={num_segments!r}; expected an int, known at trace time: it is a shape.")
     if num_segments < 1:
         raise ValueError(f"num_segments={num_segments}; expected at least 1.")
-    ids = jnp.asarray(segment_ids)
+    ids, number = jnp.asarray(segment_ids), int(num_segments)
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"segment_ids has dtype {ids.dtype}; expected integers from 0 to {num_segments - 1}.")
     along = axes[: ids.ndim]
@@ -87,8 +87,8 @@ def segments_of(
             f" place along the first of them: shape {tuple(x.shape[a] for a in axes[:1])}, or more of"
             f" {tuple(x.shape[axis] for axis in axes)}."
         )
-    ids = jnp.where((ids >= 0) & (ids < num_segments), ids, num_segments).astype(jnp.int32)
-    return ids, Segments(int(num_segments), axes, along, axis_group)
+    ids = jnp.where((ids >= 0) & (ids < number), ids, number).astype(jnp.int32)
+    return ids, Segments(number, axes, along, axis_group)
 
 
 def segment_weights(x: jax.Array, weights: jax.Array | None, ids: jax.Array, segments: Segments) -> jax.Array:
@@ -118,6 +118,10 @@ def measure_segments(x: jax.Array, weights: jax.Array, ids: jax.Array, segments:
     first, second = total(c), total(squared(segments.spread(unit, ids) * c))
     offset, square = safe_divide(first, count), safe_divide(second, count) / unit / unit
     return pool_shards(around(shift, count, offset, square), segments.axis_group)
+
+
+# Layers of one shape are then traced and lowered once, here and below.
+measure_segments_jit = jax.jit(measure_segments, static_argnums=(3,))
 
 
 @measure_segments.defjvp
@@ -159,7 +163,7 @@ def normalize_segments(
     Returns:
       y of x's shape, float32 at least, 0 where there is no segment; and Measured, [segments, features].
     """
-    return _standardize(x, mean_scale, weights, ids, None, (segments, epsilon))
+    return _standardize_jit(x, mean_scale, weights, ids, None, (segments, epsilon))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(5,))
@@ -167,6 +171,9 @@ def _standardize(x, mean_scale, weights, ids, known, spec):
     segments, epsilon = spec
     measured = measure_segments(x, weights, ids, segments) if known is None else known
     return _output(x, mean_scale, weights, ids, measured, segments, epsilon), measured
+
+
+_standardize_jit = jax.jit(_standardize, static_argnums=(5,))
 
 
 def _output(x, mean_scale, weights, ids, measured, segments, epsilon):

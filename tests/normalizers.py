@@ -105,6 +105,7 @@ AGAIN = {
     "batch_renorm, the paper's limits",
     "split_batch_norm, one domain",
     "stochastic_batch_norm, drawn",
+    "ghost_batch_norm, shuffled",
     "layer_norm, positions too",
     "whitening_norm, Newton",
     "conditional_batch_norm, vectors",

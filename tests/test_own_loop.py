@@ -1,5 +1,7 @@
 """Gradient accumulation in a loop of one's own: microbatches pool their moments, and the statistics move once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,6 @@ import small_network
 from normalizers import KEY, QUICK, draw
 
 import jaxbn
-from jaxbn import training
 
 EVERY = 4  # Microbatches a step.
 PARTS = jax.tree.map(lambda v: v.reshape(EVERY, -1, *v.shape[1:]), small_network.FIRST)
@@ -17,11 +18,14 @@ PARTS = jax.tree.map(lambda v: v.reshape(EVERY, -1, *v.shape[1:]), small_network
 ROUNDED = {"rtol": 2e-6, "atol": 2e-6}
 
 
-def accumulated(norm, steps):
-    """Params and statistics after so many steps of `optax.MultiSteps`, in one scan over microbatches."""
-    loss, optimizer = small_network.loss_of(norm), optax.MultiSteps(optax.sgd(0.1), every_k_schedule=EVERY)
-    variables = small_network.initial(norm)
-    params, batch_stats = variables["params"], variables["batch_stats"]
+NORM = jaxbn.batch_norm(decay=None)
+START = small_network.initial(NORM)
+
+
+@functools.cache
+def accumulated():
+    """Params and statistics after each of two steps of `optax.MultiSteps`, and what is pooled then."""
+    loss, optimizer = small_network.loss_of(NORM), optax.MultiSteps(optax.sgd(0.1), every_k_schedule=EVERY)
 
     def microbatch(carry, batch):
         params, opt_state, batch_stats, pooled = carry
@@ -39,24 +43,22 @@ def accumulated(norm, steps):
         pooled = jax.tree.map(lambda new, old: jnp.where(full, new, old), jaxbn.start_pooling(batch_stats), pooled)
         return (params, opt_state, batch_stats, pooled), None
 
-    batches = jax.tree.map(lambda v: jnp.concatenate([v] * steps), PARTS)
-    start = (params, optimizer.init(params), batch_stats, jaxbn.start_pooling(batch_stats))
-    program = jax.jit(lambda start: jax.lax.scan(microbatch, start, batches)[0], compiler_options=QUICK)
-    return program(start)
+    step = jax.jit(lambda carry: jax.lax.scan(microbatch, carry, PARTS)[0], compiler_options=QUICK)
+    params, batch_stats = START["params"], START["batch_stats"]
+    first = step((params, optimizer.init(params), batch_stats, jaxbn.start_pooling(batch_stats)))
+    return first, step(first)
 
 
 def test_statistics_of_the_first_layer_move_as_by_the_whole_batch():
-    norm = jaxbn.batch_norm(decay=0.9)
-    _, _, batch_stats, pooled = accumulated(norm, steps=1)
-    expected = small_network.apply(norm, small_network.initial(norm), small_network.FIRST)[1][0]
+    (_, _, batch_stats, pooled), _ = accumulated()
+    expected = small_network.apply(NORM, START, small_network.FIRST)[1][0]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDED), batch_stats[0], expected)
     jax.tree.map(np.testing.assert_array_equal, pooled, jaxbn.start_pooling(batch_stats))
 
 
-def test_two_steps_move_them_twice():
-    norm = jaxbn.batch_norm(decay=None)
-    _, _, batch_stats, _ = accumulated(norm, steps=2)
-    np.testing.assert_array_equal(batch_stats[1]["weight"], 2)
+def test_each_step_moves_them_once():
+    for number, (_, _, batch_stats, _) in enumerate(accumulated(), 1):
+        np.testing.assert_array_equal(batch_stats[1]["weight"], number)
 
 
 def test_plain_statistics_are_no_pooled_ones():
@@ -78,14 +80,3 @@ def test_nothing_pooled_moves_nothing():
 
 def test_a_network_without_statistics_pools_none():
     assert jaxbn.finish_pooling(jaxbn.start_pooling({}), {}) == {}
-
-
-def test_the_steps_of_training_do_the_same():
-    norm, optimizer = jaxbn.batch_norm(decay=0.9), optax.sgd(0.1)
-    step = training.jit_step(
-        small_network.loss_of(norm), optimizer, mesh=jax.make_mesh((1,), ("data",)), microbatches=EVERY
-    )
-    state, _ = step(training.init_state(small_network.initial(norm), optimizer), small_network.FIRST, KEY)
-    # Other microbatches, every fourth example, but of the same examples in all.
-    _, _, batch_stats, _ = accumulated(norm, steps=1)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **ROUNDED), batch_stats[0], state.batch_stats[0])

@@ -23,6 +23,7 @@ VARIABLES = NORM.init(KEY, X)
 # Sums of eight terms of size 5 in another order.
 ROUNDED = {"rtol": 1e-5, "atol": 1e-5}
 quick = functools.partial(jax.jit, compiler_options=QUICK)
+assert_close = functools.partial(jax.tree.map, functools.partial(np.testing.assert_allclose, **ROUNDED))
 
 
 def groups(key):
@@ -41,9 +42,23 @@ def run(norm, x, dy, where, key):
     return y, stats, gradient
 
 
+one_device = quick(functools.partial(run, NORM))
+
+
 @functools.cache
+def over_eight_devices():
+    norm = jaxbn.ghost_batch_norm(SIZE, shuffle=True, decay=0.0, axis_name="shards")
+    mesh, part = jax.make_mesh((8,), ("shards",), axis_types=(AxisType.Auto,)), jax.P("shards")
+    shard = functools.partial(run, norm, key=KEY)
+    return quick(jax.shard_map(shard, mesh=mesh, in_specs=part, out_specs=(part, jax.P(), part)))
+
+
+def mask(masked):
+    return WHERE if masked else np.ones_like(WHERE)
+
+
 def on_one_device(masked):
-    return quick(functools.partial(run, NORM))(X, DY, WHERE if masked else None, KEY)
+    return one_device(X, DY, mask(masked), KEY)
 
 
 def test_groups_are_a_partition_into_equal_parts():
@@ -75,28 +90,13 @@ def test_running_statistics_are_those_of_the_whole_batch(masked):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_shuffled_over_eight_devices_it_is_what_one_device_gives(masked):
-    norm = jaxbn.ghost_batch_norm(SIZE, shuffle=True, decay=0.0, axis_name="shards")
-    mesh, part = jax.make_mesh((8,), ("shards",), axis_types=(AxisType.Auto,)), jax.P("shards")
-
-    def shard(x, dy, where):
-        return run(norm, x, dy, where, KEY)
-
-    mapped = jax.shard_map(shard, mesh=mesh, in_specs=part, out_specs=(part, jax.P(), part))
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, **ROUNDED),
-        quick(mapped)(X, DY, WHERE if masked else np.ones_like(WHERE)),
-        on_one_device(masked),
-    )
+    assert_close(over_eight_devices()(X, DY, mask(masked)), on_one_device(masked))
 
 
 def test_under_jit_with_sharded_inputs_it_is_what_one_device_gives():
     mesh = jax.make_mesh((8,), ("shards",), axis_types=(AxisType.Auto,))
     x, dy = (jax.device_put(v, jax.NamedSharding(mesh, jax.P("shards"))) for v in (X, DY))
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, **ROUNDED),
-        quick(functools.partial(run, NORM))(x, dy, None, KEY),
-        on_one_device(False),
-    )
+    assert_close(one_device(x, dy, mask(False), KEY), on_one_device(False))
 
 
 def test_shards_with_keys_of_their_own_agree_on_the_first():
@@ -105,13 +105,13 @@ def test_shards_with_keys_of_their_own_agree_on_the_first():
     keys = jax.random.split(KEY, 4)
     mapped = jax.vmap(lambda x, key: norm.apply(VARIABLES, x, train=True, rng=key)[0], axis_name="shards")
     y = quick(mapped)(x, keys).reshape(X.shape)
-    np.testing.assert_allclose(y, NORM.apply(VARIABLES, X, train=True, rng=keys[0])[0], **ROUNDED)
+    assert_close(y, one_device(X, DY, mask(False), keys[0])[0])
 
 
 def test_keys_of_the_old_kind_are_taken():
     old = jax.random.PRNGKey(0)
-    y, _ = NORM.apply(VARIABLES, X, train=True, rng=old)
-    np.testing.assert_array_equal(y, NORM.apply(VARIABLES, X, train=True, rng=jax.random.wrap_key_data(old))[0])
+    y, _ = quick(lambda old: NORM.apply(VARIABLES, X, train=True, rng=old))(old)
+    assert_close(y, one_device(X, DY, mask(False), jax.random.wrap_key_data(old))[0])
 
 
 def test_each_device_by_itself_pools_its_running_statistics():
