@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxbn._arithmetic import at_least_float32, inner, safe_divide, squared
 from jaxbn._axis_group import AxisGroup
+from jaxbn._inputs import size_of
 from jaxbn._measure import STATISTICS, pool_shards
 from jaxbn._moments import Measured, around, finite_or_zero, unit_near
 from jaxbn._padding import silenced
@@ -40,6 +43,11 @@ class Segments(NamedTuple):
 
     def total(self, values: jax.Array, ids: jax.Array) -> jax.Array:
         """Sums by segment on this shard: [segments, features]."""
+        mesh_axes = jax.typeof(values).sharding.spec
+        features = [name for axis, name in enumerate(mesh_axes) if axis not in self.axes]
+        return _on_any_mesh(self._total, (None, *features), values, ids)
+
+    def _total(self, values, ids):
         values = jnp.sum(values, self.axes[len(self.along) :])
         values = jnp.moveaxis(values, self.along, range(len(self.along)))
         rows = values.reshape(ids.size, *values.shape[len(self.along) :])
@@ -50,8 +58,15 @@ class Segments(NamedTuple):
         sums = jax.ops.segment_sum(rows, slots, lanes * self.number)
         return jnp.sum(sums.reshape(lanes, self.number, *rows.shape[1:]), 0)
 
-    def spread(self, rows: jax.Array, ids: jax.Array) -> jax.Array:
-        """To each place what its segment has, [segments, features] to what broadcasts to the array; 0 to padding."""
+    def spread(self, rows: jax.Array, ids: jax.Array, x: jax.Array) -> jax.Array:
+        """To each place what its segment has, [segments, features] to what broadcasts to x; 0 to padding."""
+        trailing = self.axes[len(self.along) :]
+        mesh_axes = jax.typeof(x).sharding.spec
+        return _on_any_mesh(
+            self._spread, [None if a in trailing else name for a, name in enumerate(mesh_axes)], rows, ids
+        )
+
+    def _spread(self, rows, ids):
         values = rows.at[ids].get(mode="fill", fill_value=0)
         values = jnp.moveaxis(values, range(len(self.along)), self.along)
         return jnp.expand_dims(values, self.axes[len(self.along) :])
@@ -59,6 +74,20 @@ class Segments(NamedTuple):
     def members(self, ids: jax.Array, ndim: int) -> jax.Array:
         """Whether a place is in a segment: boolean, broadcastable to the array, which has `ndim` axes."""
         return jnp.expand_dims(ids < self.number, [axis for axis in range(ndim) if axis not in self.along])
+
+
+def _on_any_mesh(f, mesh_axes, *arrays):
+    """Apply f; on a mesh of explicit axes XLA finds out how its parts meet, as on one of automatic axes.
+
+    Args:
+      f: with scatters, gathers and reshapes.
+      mesh_axes: of each axis of the result.
+      *arrays: its arguments.
+    """
+    mesh = jax.typeof(arrays[0]).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return f(*arrays)
+    return jax.sharding.auto_axes(f, out_sharding=NamedSharding(mesh, P(*mesh_axes)))(*arrays)
 
 
 def segments_of(
@@ -114,8 +143,8 @@ def measure_segments(x: jax.Array, weights: jax.Array, ids: jax.Array, segments:
     count = jnp.broadcast_to(_count(x, weights, ids, segments), (segments.number, *features))
     shift = finite_or_zero(safe_divide(total(wide), count))
     unit = unit_near(shift)
-    c = wide - segments.spread(shift, ids)
-    first, second = total(c), total(squared(segments.spread(unit, ids) * c))
+    c = wide - segments.spread(shift, ids, x)
+    first, second = total(c), total(squared(segments.spread(unit, ids, x) * c))
     offset, square = safe_divide(first, count), safe_divide(second, count) / unit / unit
     return pool_shards(around(shift, count, offset, square), segments.axis_group)
 
@@ -179,7 +208,7 @@ _standardize_jit = jax.jit(_standardize, static_argnums=(5,))
 def _output(x, mean_scale, weights, ids, measured, segments, epsilon):
     inverse, kept = _inverse_and_kept(mean_scale, measured, epsilon)
     c = _centered(x, weights, ids, measured, segments)
-    return (c + segments.spread(kept, ids)) * segments.spread(inverse, ids)
+    return (c + segments.spread(kept, ids, x)) * segments.spread(inverse, ids, x)
 
 
 def _inverse_and_kept(mean_scale, measured, epsilon):
@@ -213,8 +242,8 @@ def _standardize_jvp(spec, primals, tangents):
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=(7, 8))
 def _tangent(x, mean_scale, weights, ids, measured, dx, dmean_scale, segments, epsilon):
     inverse, kept = _inverse_and_kept(mean_scale, measured, epsilon)
-    xhat = _centered(x, weights, ids, measured, segments) * segments.spread(inverse, ids)
-    du = at_least_float32(dx) * segments.spread(inverse, ids)
+    xhat = _centered(x, weights, ids, measured, segments) * segments.spread(inverse, ids, x)
+    du = at_least_float32(dx) * segments.spread(inverse, ids, x)
     mean_du, mean_xhat_du = _means(segments, weights, ids, measured.count, du, inner(xhat, du))
     shift, slope = mean_du, mean_xhat_du
     if mean_scale is not None:
@@ -222,7 +251,7 @@ def _tangent(x, mean_scale, weights, ids, measured, dx, dmean_scale, segments, e
         r = (1 - mean_scale)[None] * mean_du - dmean_scale[None] * measured.mean * inverse
         shift = shift + ybar * mean_xhat_du - (measured.var + epsilon) * inverse * inverse * r
         slope = slope + ybar * r
-    dy = du - segments.spread(shift, ids) - xhat * segments.spread(slope, ids)
+    dy = du - segments.spread(shift, ids, x) - xhat * segments.spread(slope, ids, x)
     return dy, mean_du / inverse, 2 * mean_xhat_du / inverse / inverse
 
 
@@ -239,11 +268,11 @@ def _weighted_total(values, *, segments, weights, ids):
 
 def _count(x, weights, ids, segments):
     """The sum of the weights by segment, with ones for features along which the weights do not differ."""
-    whole = [size if axis in segments.axes else weights.shape[axis] for axis, size in enumerate(x.shape)]
-    return segments.total(jnp.broadcast_to(weights, whole), ids)
+    alike = [axis for axis in segments.axes if weights.shape[axis] == 1]
+    return segments.total(weights, ids) * size_of(x.shape, alike)
 
 
 def _centered(x, weights, ids, measured, segments):
     """X minus the exact mean of its segment; 0 where x does not count and is not finite, or is in no segment."""
-    c = at_least_float32(x) - segments.spread(measured.mean, ids) - segments.spread(measured.remainder, ids)
+    c = at_least_float32(x) - segments.spread(measured.mean, ids, x) - segments.spread(measured.remainder, ids, x)
     return jnp.where(segments.members(ids, x.ndim), silenced(c, weights), 0)

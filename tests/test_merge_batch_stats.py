@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from normalizers import KEY, draw
+from normalizers import KEY, QUICK, draw
 
 import jaxbn
 
@@ -18,10 +18,12 @@ WHOLE = np.concatenate([np.asarray(x, np.float64) for x in PARTS])
 
 
 def trained(norm, x, steps=1):
+    def train(stats, _):
+        return norm.apply({**variables, "batch_stats": stats}, x, train=True)[1], None
+
     variables = norm.init(KEY, x)
-    for _ in range(steps):
-        variables = {**variables, "batch_stats": norm.apply(variables, x, train=True)[1]}
-    return variables["batch_stats"]
+    run = jax.jit(lambda stats: jax.lax.scan(train, stats, length=steps)[0], compiler_options=QUICK)
+    return run(variables["batch_stats"])
 
 
 def assert_whole(mean, var):
@@ -79,8 +81,9 @@ def test_a_mean_alone_is_merged():
 def test_time_steps_and_features_that_a_network_has_not_seen_count_for_nothing():
     norm, x = jaxbn.recurrent_batch_norm(max_length=3, decay=0.0), PARTS[1]
     variables = norm.init(KEY, x)
-    one = norm.apply(variables, x, train=True, step=0)[1]
-    two = norm.apply({**variables, "batch_stats": one}, x + 1, train=True, step=1)[1]
+    step = jax.jit(lambda stats, x, t: norm.apply({**variables, "batch_stats": stats}, x, train=True, step=t)[1])
+    one = step(variables["batch_stats"], x, 0)
+    two = step(one, x + 1, 1)
     merged = jaxbn.merge_batch_stats([one, two], [5, 1])
     assert merged["length"] == 2
     np.testing.assert_allclose(merged["mean"][1], two["mean"][1], rtol=1e-6)
