@@ -116,7 +116,8 @@ def segments_of(
             f" place along the first of them: shape {tuple(x.shape[a] for a in axes[:1])}, or more of"
             f" {tuple(x.shape[axis] for axis in axes)}."
         )
-    ids = jnp.where((ids >= 0) & (ids < number), ids, number).astype(jnp.int32)
+    ids = ids.astype(jnp.int32)  # Before `number` meets them: narrower integers may not hold it.
+    ids = jnp.where((ids >= 0) & (ids < number), ids, number)
     return ids, Segments(number, axes, along, axis_group)
 
 

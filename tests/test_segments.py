@@ -37,6 +37,11 @@ def test_each_segment_has_the_moments_of_its_places():
     assert_segments(by_segment(X, 0, segment_ids=IDS, num_segments=NUMBER), X, IDS)
 
 
+def test_ids_of_narrow_integers_count_more_segments_than_they_hold():
+    m = jaxbn.moments(X, 0, segment_ids=np.arange(12, dtype=np.uint8), num_segments=300)
+    np.testing.assert_array_equal(m.count[:, 0], np.arange(300) < 12)
+
+
 @pytest.mark.parametrize("name", HARD_INPUTS)
 def test_segments_are_exact_on_hard_inputs(name):
     x, ids = HARD_INPUTS[name], np.random.default_rng(3).integers(0, 5, ROWS)
