@@ -1,7 +1,7 @@
 """The one type that every variant fits."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,10 @@ class Normalizer(Made, _Functions):
     ) -> "Normalizer":
         """Put two functions together; each takes the arguments of its protocol, and those it names itself."""
         return super().__new__(cls, cast(Init, init), cast(Apply, switched(apply)))
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]  # mypy has a signature of its own.
+        return cls(*iterable)  # `_replace` comes this way, which would pass by __new__.
 
 
 @jax.tree_util.register_static

@@ -125,8 +125,8 @@ def with_switches(variables, x, *, train, use_running=None, update=None):
     return x, {"switches": (train, use_running, update)}
 
 
-def test_a_normalizer_made_by_hand_has_both_switches():
-    norm = jaxbn.Normalizer(lambda key, x: {}, by_hand)
+@pytest.mark.parametrize("norm", [jaxbn.Normalizer(NORM.init, by_hand), NORM._replace(apply=by_hand)])
+def test_a_normalizer_made_by_hand_has_both_switches(norm):
     variables = {"params": {}, "batch_stats": {"seen": 5}}
     for use_running, update in FOUR:
         y, stats = norm.apply(variables, X, train=False, use_running=use_running, update=update)
