@@ -126,6 +126,25 @@ def test_groups_of_shards_have_segments_of_their_own():
         assert_segments(jax.tree.map(lambda v, g=group: v[g[0]], m), x[group].reshape(-1, 3), ids[group].ravel())
 
 
+def test_derivatives_of_moments_are_those_of_the_textbook():
+    with jax.enable_x64(True):
+        x, dx = (jnp.asarray(RNG.normal(2, 3, X.shape)) for _ in range(2))
+        member = jnp.asarray(np.arange(NUMBER)[:, None] == IDS, float)[..., None]  # [segments, places, 1]
+        share = member / jnp.maximum(jnp.sum(member, 1, keepdims=True), 1)
+
+        def ours(x):
+            m = jaxbn.moments(x, 0, segment_ids=IDS, num_segments=NUMBER)
+            return jnp.sum(jnp.sin(m.mean) * m.var)
+
+        def textbook(x):
+            mean = jnp.sum(share * x[None], 1)
+            return jnp.sum(jnp.sin(mean) * jnp.sum(share * (x[None] - mean[:, None]) ** 2, 1))
+
+        both = lambda f: jax.jvp(jax.grad(f), (x,), (dx,))
+        found, expected = jax.device_get(quick(lambda: [both(ours), both(textbook)])())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12), found, expected)
+
+
 def one_by_one(x, scale, bias, mean_scale, ids, epsilon=1e-5):
     """Cai et al. 2021, section 4, written down for one graph after the other."""
     y = jnp.broadcast_to(bias, x.shape)
