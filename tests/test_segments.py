@@ -48,6 +48,13 @@ def test_segments_are_exact_on_hard_inputs(name):
     assert_segments(by_segment(x, 0, segment_ids=ids, num_segments=5), x, ids)
 
 
+@pytest.mark.parametrize("offset", [0, 1e4, 1e6])
+def test_many_values_far_from_zero_are_exact(offset):
+    rng = np.random.default_rng(4)
+    x, ids = (offset + rng.normal(size=(100_000, 2))).astype(np.float32), rng.integers(0, 2, 100_000)
+    assert_segments(by_segment(x, 0, segment_ids=ids, num_segments=2), x, ids)
+
+
 def test_masks_and_weights_count_within_segments():
     where, weights = RNG.uniform(size=(12, 3)) < 0.7, RNG.uniform(0.5, 2, (12, 1)).astype(np.float32)
     m = by_segment(X, 0, segment_ids=IDS, num_segments=NUMBER, where=where, weights=weights)

@@ -46,8 +46,8 @@ def graph_norm(
     [rows, positions, features], segment_ids may be [rows, positions].
 
     Args:
-      num_segments: how many graphs there are at most; None is as many as there are nodes, which always suffices and
-        costs a row of statistics for each.
+      num_segments: how many graphs there are at most; None is as many as there are nodes, which always suffices, but
+        costs a row of statistics for each, and digits where a graph has many thousands of nodes (see `moments`).
       epsilon: added to the mean square, inside the square root.
       feature_axis: the axis of the features.
       axis_name: named axis over which the nodes are sharded; on all shards the same id is the same graph.
