@@ -10,7 +10,7 @@ import numpy as np
 from jaxbn._factory import Made, normalizer_factory
 from jaxbn._inputs import combined_weights
 from jaxbn._padding import silenced
-from jaxbn._switches import switched
+from jaxbn._switches import alone, switched
 
 Variables = dict[str, Any]
 
@@ -89,6 +89,9 @@ class Normalizer(Made, _Functions):
     ) -> "Normalizer":
         """Put two functions together; each takes the arguments of its protocol, and those it names itself."""
         return super().__new__(cls, cast(Init, init), cast(Apply, switched(apply)))
+
+    def _parts(self) -> tuple:
+        return self.init, alone(self.apply)
 
     @classmethod
     def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]  # mypy has a signature of its own.

@@ -1,59 +1,60 @@
 """Which statistics normalize, and whether they move: two switches a call, the same for every normalizer."""
 
-import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
 
-import jax
 import numpy as np
 from jax import lax
 
 SWITCHES = ("use_running", "update")
 
 
-@dataclasses.dataclass(frozen=True)
-class Switched:
+def switched(apply: Callable) -> Callable:
     """`apply` of a normalizer that knows `train` alone, with the arguments `use_running` and `update`.
 
-    y is what `apply` makes with train=not use_running, batch_stats what it makes with train=update; where both are
-    asked of the same mode, in one call.
+    y is what `apply` makes with train=not use_running, batch_stats what it makes with train=update; where both ask for
+    the same mode, in one call. An `apply` that takes both arguments itself stays as it is.
 
-    Attributes:
+    Args:
       apply: apply(variables, x, *, train, ...) -> (y, batch_stats).
     """
+    signature = inspect.signature(apply)
+    if set(SWITCHES) <= set(signature.parameters):
+        return apply
 
-    apply: Callable[..., tuple[jax.Array, dict[str, Any]]]
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.apply)
-        own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SWITCHES]
-        *others, last = signature.parameters.values()
-        variadic = last.kind is last.VAR_KEYWORD
-        return signature.replace(parameters=[*others, *own, last] if variadic else [*others, last, *own])
-
-    def __call__(self, variables, x, *, train, use_running=None, update=None, **arguments):
-        """Normalize x, as `Apply` says."""
+    @functools.wraps(apply)
+    def both(variables, x, *, train, use_running=None, update=None, **arguments):
         if use_running is None and update is None:
-            return self.apply(variables, x, train=train, **arguments)
-        use_running, update = chosen(train, use_running, update)
+            return apply(variables, x, train=train, **arguments)
+        use_running, update = _chosen(train, use_running, update)
         if use_running != update:
-            return self.apply(variables, x, train=update, **arguments)
-        y, _ = self.apply(variables, x, train=not update, **arguments)
+            return apply(variables, x, train=update, **arguments)
+        y, _ = apply(variables, x, train=not update, **arguments)
         if not update:
             return y, variables["batch_stats"]
         # Its y is not used: under jit nothing of it is computed but the statistics.
-        _, moved = self.apply(*lax.stop_gradient((variables, x)), train=True, **arguments)
+        _, moved = apply(*lax.stop_gradient((variables, x)), train=True, **arguments)
         return y, moved
 
+    both.__signature__ = _with_switches(signature)  # type: ignore[attr-defined]
+    both.alone = apply  # type: ignore[attr-defined]
+    return both
 
-def switched(apply: Callable) -> Callable:
-    """`apply` with both switches; as it is where it has them already."""
-    return apply if set(SWITCHES) <= set(inspect.signature(apply).parameters) else Switched(apply)
+
+def alone(apply: Callable) -> Callable:
+    """What `switched` was given."""
+    return getattr(apply, "alone", apply)
 
 
-def chosen(train: bool, use_running: bool | None, update: bool | None) -> tuple[bool, bool]:
+def _with_switches(signature: inspect.Signature) -> inspect.Signature:
+    own = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SWITCHES]
+    *others, last = signature.parameters.values()
+    variadic = last.kind is last.VAR_KEYWORD
+    return signature.replace(parameters=[*others, *own, last] if variadic else [*others, last, *own])
+
+
+def _chosen(train, use_running, update) -> tuple[bool, bool]:
     """Both switches, those that are None as `train` says; TypeError unless they are known when a function is traced."""
     for name, value in (("train", train), ("use_running", use_running), ("update", update)):
         if not isinstance(value, bool | np.bool_) and (value is not None or name == "train"):

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pickle
 
 import flax.errors
 import jax
@@ -132,6 +133,17 @@ def test_a_normalizer_made_by_hand_has_both_switches(norm):
         y, stats = norm.apply(variables, X, train=False, use_running=use_running, update=update)
         np.testing.assert_array_equal(y, X + (not use_running))
         assert stats == {"seen": 5 + update}
+
+
+def start(key, x):
+    return {"params": {}, "batch_stats": {"seen": 0}}
+
+
+def test_normalizers_made_by_hand_of_the_same_functions_are_equal_and_pickle():
+    one, other = jaxbn.Normalizer(start, by_hand), jaxbn.Normalizer(start, by_hand)
+    assert one == other == pickle.loads(pickle.dumps(one))
+    assert hash(one) == hash(other)
+    assert one != jaxbn.Normalizer(start, with_switches)
 
 
 def test_a_normalizer_that_takes_the_switches_itself_is_left_alone():
