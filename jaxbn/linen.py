@@ -88,6 +88,7 @@ class BatchNorm(nn.BatchNorm):
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update: bool | None = None,
     ) -> jax.Array:
         """Normalize x: by the batch and moving "batch_stats", or by "batch_stats" with use_running_average.
 
@@ -97,13 +98,14 @@ class BatchNorm(nn.BatchNorm):
           mask: broadcastable to x: true where a value counts in the statistics.
           weights: real, broadcastable to x: how much each value counts.
           residual: of x's shape, added before the activation.
+          update: move "batch_stats" by x, whatever normalizes it; None is not use_running_average.
 
         Returns:
           y of x's shape.
 
         Raises:
           ValueError: use_running_average given twice or not at all; and as `jaxbn.batch_norm` raises.
-          flax.errors.ModifyScopeVariableError: training without "batch_stats" among the mutable collections.
+          flax.errors.ModifyScopeVariableError: "batch_stats" would move and is not among the mutable collections.
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = floating(x)
@@ -120,17 +122,19 @@ class BatchNorm(nn.BatchNorm):
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
         overrides = {"dtype": dtype} | (_INITIALIZING if self.is_initializing() else {})
         variables = {"params": params, "batch_stats": widened({n: v.value for n, v in stats.items()}, x.dtype)}
+        update = not use_running_average if update is None else update
         y, moved = apply_batch_norm(
             self,
             variables,
             x,
             train=not use_running_average,
             overrides=overrides,
+            update=update,
             where=as_where(mask),
             weights=weights,
             residual=residual,
         )
-        if not (use_running_average or self.is_initializing()):
+        if update and not self.is_initializing():
             for name, value in moved.items():
                 stats[name].value = value
         return y
@@ -161,6 +165,7 @@ class Norm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update: bool | None = None,
         **arguments: Any,
     ) -> jax.Array:
         """Normalize x, moving "batch_stats" unless use_running_average.
@@ -169,11 +174,12 @@ class Norm(nn.Module):
           x: what the normalizer takes.
           use_running_average: as the attribute; one of the two must be given, and only one.
           mask: another name for the normalizer's `where`, as `BatchNorm` has it.
+          update: move "batch_stats" by x, whatever normalizes it; None is not use_running_average.
           **arguments: for the normalizer's apply: where, weights, rng, residual, condition, step, ...
 
         Raises:
           ValueError: use_running_average given twice or not at all; mask beside where; and what the normalizer raises.
-          flax.errors.ModifyScopeVariableError: training without "batch_stats" among the mutable collections.
+          flax.errors.ModifyScopeVariableError: "batch_stats" would move and is not among the mutable collections.
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         arguments = with_mask(arguments, mask)
@@ -182,8 +188,9 @@ class Norm(nn.Module):
             arguments["rng"] = self._rng()
         variables = {"params": params, "batch_stats": {name: v.value for name, v in stats.items()}}
         train = not (use_running_average or self.is_initializing())
-        y, moved = self.norm.apply(variables, x, train=train, **arguments)
-        if train:
+        update = train if update is None or self.is_initializing() else update
+        y, moved = self.norm.apply(variables, x, train=train, update=update, **arguments)
+        if update:
             for name, value in moved.items():
                 stats[name].value = value
         return y

@@ -144,6 +144,7 @@ class BatchNorm(nnx.BatchNorm):
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update: bool | None = None,
     ) -> jax.Array:
         """Normalize x: by the batch and moving the running statistics, or by these with use_running_average.
 
@@ -153,6 +154,7 @@ class BatchNorm(nnx.BatchNorm):
           mask: broadcastable to x: true where a value counts in the statistics.
           weights: real, broadcastable to x: how much each value counts.
           residual: of x's shape, added before the activation.
+          update: move the running statistics by x, whatever normalizes it; None is not use_running_average.
 
         Returns:
           y of x's shape.
@@ -161,6 +163,7 @@ class BatchNorm(nnx.BatchNorm):
           ValueError: use_running_average is None here and in the module; and as `jaxbn.batch_norm` raises.
         """
         use_running_average = _chosen(use_running_average, self.use_running_average)
+        update = not use_running_average if update is None else update
         variables = {name: getattr(self, name) for name in ("mean", "var", "weight") if hasattr(self, name)}
         stats = {name: variable.get_value() for name, variable in variables.items()}
         x, params, dtype = self._promoted(x, stats)
@@ -170,11 +173,12 @@ class BatchNorm(nnx.BatchNorm):
             x,
             train=not use_running_average,
             overrides={"dtype": dtype},
+            update=update,
             where=as_where(mask),
             weights=weights,
             residual=residual,
         )
-        if not use_running_average:
+        if update:
             jax.tree.map(_assign, variables, moved, is_leaf=_is_variable)
         return y
 
@@ -229,6 +233,7 @@ class Norm(nnx.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update: bool | None = None,
         **arguments: Any,
     ) -> jax.Array:
         """Normalize x, moving `batch_stats` unless use_running_average.
@@ -237,6 +242,7 @@ class Norm(nnx.Module):
           x: what the normalizer takes.
           use_running_average: for this call, in place of the attribute.
           mask: another name for the normalizer's `where`, as `BatchNorm` has it.
+          update: move `batch_stats` by x, whatever normalizes it; None is not use_running_average.
           **arguments: for the normalizer's apply: where, weights, rng, residual, condition, step, ...
 
         Raises:
@@ -249,8 +255,9 @@ class Norm(nnx.Module):
             arguments["rng"] = self.rngs()
         trees = {"params": self.params, "batch_stats": self.batch_stats}
         variables = jax.tree.map(lambda variable: variable.get_value(), trees, is_leaf=_is_variable)
-        y, moved = self.norm.apply(variables, x, train=not use_running_average, **arguments)
-        if not use_running_average:
+        update = not use_running_average if update is None else update
+        y, moved = self.norm.apply(variables, x, train=not use_running_average, update=update, **arguments)
+        if update:
             jax.tree.map(_assign, self.batch_stats, moved, is_leaf=_is_variable)
         return y
 

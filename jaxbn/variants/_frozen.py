@@ -17,6 +17,8 @@ PathFilter = str | Callable[[str], bool]
 def frozen(norm: Normalizer, *, freeze_params: bool = False) -> Normalizer:
     """A normalizer that stays at its running statistics: `train=True` computes what `train=False` does.
 
+    So do `use_running` and `update`, whatever they say: nothing normalizes by the batch, and nothing moves.
+
     params and batch_stats are those of `norm`, so that a checkpoint of a network built with `norm` fits one built with
     frozen(norm). It is what detection networks do that are fine-tuned on few images a device (He et al. 2016, appendix
     A). A normalizer without running state is not changed but for its params.
