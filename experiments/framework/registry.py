@@ -17,6 +17,8 @@ EXPERIMENTS = (
     "deep_conv",
     "chain",
     "placement",
+    "mean_field",
+    "rank",
     "reparameterization",
     "whitening",
     "through_statistics",
