@@ -24,6 +24,7 @@ EXPERIMENTS = (
     "through_statistics",
     "effective_rate",
     "affine_only",
+    "gradient_flow",
 )
 
 
