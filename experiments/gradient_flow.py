@@ -273,7 +273,7 @@ EXPERIMENT = Experiment(
     " CIFAR-10 and compare by SVCCA; here MLPs on digits, and linear CKA. Nielsen's network has four hidden layers of"
     " 30 sigmoids and Gaussian weights of variance 1 / inputs (as remembered).",
     settings={
-        "smoke": Sizes(seeds=2, data="mnist5k", steps=4, interval=2, depths=(3,), looked_at=3, width=8),
+        "smoke": Sizes(seeds=2, data="mnist5k", steps=4, interval=2, depths=(2,), looked_at=2, width=8),
         "cpu": Sizes(seeds=5, data="mnist5k", steps=300, interval=30, depths=(1, 3, 8, 20), looked_at=8),
         "full": Sizes(
             seeds=10, data="mnist", steps=10_000, interval=500, depths=(1, 2, 3, 5, 8, 12, 20), looked_at=8, width=100

@@ -21,6 +21,6 @@ def linear_cka(x: Array, y: Array) -> Array:
 
 def _centered(x: Array) -> Array:
     """Columns of mean 0; the whole brought to a largest entry of 1, so that no fourth power leaves float32."""
-    x = x - jnp.mean(x, axis=0)
+    x = x - jnp.mean(x, axis=0, keepdims=True)
     largest = jnp.max(jnp.abs(x))
     return x / jnp.where(largest > 0, largest, 1)
