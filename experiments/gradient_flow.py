@@ -261,7 +261,7 @@ in_order = partial(Claim, dispute=ORDER, precision=0.05)
 
 EXPERIMENT = Experiment(
     title="Without batch norm gradients vanish on the way down, deep sigmoid networks do not train, ReLUs die.",
-    question="Do gradients reach the lower layers of a deep network, and is that what batch norm is for?",
+    question="Do gradients reach the lower layers of a deep network, and is that why batch norm helps?",
     source="Ioffe and Szegedy 2015, section 1; Raghu et al. 2017; Nielsen 2015, chapter 5",
     citation="S. Ioffe, C. Szegedy: Batch Normalization: Accelerating Deep Network Training by Reducing Internal"
     " Covariate Shift. ICML 2015. M. Raghu, J. Gilmer, J. Yosinski, J. Sohl-Dickstein: SVCCA: Singular Vector Canonical"
@@ -395,7 +395,7 @@ EXPERIMENT = Experiment(
     pictures=[
         panels(
             draw_gradients, draw_depths, file="gradient_flow.png", size=(5.6, 4.4),
-            title="Do gradients reach the lower layers of a deep network, and is that what batch norm is for?",
+            title="Do gradients reach the lower layers, and is that why batch norm helps?",
             caption="Lines: means over seeds; bands on the left: their range. Left: norm of the loss's gradient by each"
             " layer's output. Right: the control has the statistics of batch norm at the start and keeps them.",
         ),
