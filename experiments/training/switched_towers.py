@@ -126,7 +126,7 @@ def standing_still(until: Array) -> optax.GradientTransformation:
     def update(updates: dict, step: Array, params: dict | None = None) -> tuple[dict, Array]:
         moves = jnp.asarray(step < until, jnp.float32)
         first = jax.tree.map(lambda leaf: moves[0] * leaf, updates["first"])
-        rest = jax.tree.map(lambda leaf: moves[1:].reshape(-1, *(1,) * (leaf.ndim - 1)) * leaf, updates["rest"])
+        rest = jax.tree.map(lambda leaf: jnp.expand_dims(moves[1:], range(1, leaf.ndim)) * leaf, updates["rest"])
         return {**updates, "first": first, "rest": rest}, step + 1
 
     return optax.GradientTransformation(lambda params: jnp.int32(0), update)
