@@ -209,6 +209,16 @@ EXPERIMENT = Experiment(
     citation="Hadi Daneshmand, Jonas Kohler, Francis Bach, Thomas Hofmann and Aurelien Lucchi, Batch Normalization"
     " Provably Avoids Rank Collapse for Randomly Initialised Deep Networks, NeurIPS 2020, arXiv:2003.01652.",
     theme=WHAT_IT_IS,
+    answer="At the start it does: 5,000 linear layers leave 1 direction of 128 without batch norm and 21 with it, and"
+    " breaking the norm breaks that. But the rank does not decide who trains: networks that had all but collapsed at"
+    " the start learned up to 89% of the digits, and one that started with the full rank of the normalized one, without"
+    " normalizing afterwards, did not learn at 32 layers.",
+    reader_questions={
+        "Does the rank of the last layer at the start tell whether a network will train?": "It goes along with it"
+        " (correlation 0.69 over arms and depths), no better than how even the gradients of the layers are. It does not"
+        " cause it: at 32 layers the full rank without normalization in training ended at 15% of the digits right, and"
+        " batch norm at 52%.",
+    },
     differs="Read were the abstract, the informal theorem 2 and the source's code. Theirs: chains of 50,000 layers and"
     " a million (here 5,000); Fashion-MNIST, width 128, 75 epochs, SGD without and Adam with batch norm (here 5,000"
     " digits, width 64, 400 steps, SGD for all). In place of their pre-training that raises the rank: a start from"

@@ -78,18 +78,6 @@ def test_deep_conv_has_nineteen_convolutions_that_end_in_one_pixel():
     assert shapes[18:] == [(3, 3, 72, 76), (100, 76), (10, 100)]
 
 
-def test_a_look_into_networks_finds_what_their_layers_see():
-    norm = jaxbn.batch_norm()
-    x = jax.random.normal(jax.random.key(1), (8, 6))
-    build = lambda norm: mlp(norm, use_bias=False)
-    several = jax.vmap(lambda key: build(norm).init(key, x))(jax.random.split(jax.random.key(0), 3))
-    first, second = models.look(build, norm, lambda h, y: jnp.stack([h, y]).std(1))(several, x)
-    assert (first.shape, second.shape) == ((3, 2, 5), (3, 2, 4))
-    kernels = several["params"][0]["layer"]["kernel"]
-    np.testing.assert_allclose(first[:, 0], jnp.einsum("ni,rji->rnj", x, kernels).std(1), rtol=1e-5)
-    np.testing.assert_allclose(second[:, 1], 1, rtol=0.2)  # small variances feel epsilon
-
-
 @pytest.mark.parametrize("depth", [1, 3])
 def test_tower_is_the_mlp_of_its_depth(depth):
     x = jax.random.normal(jax.random.key(1), (8, 6))
@@ -121,3 +109,15 @@ def test_layers_beyond_the_depth_of_a_tower_get_no_gradient():
     kernel = gradient["rest"]["layer"]["kernel"]
     assert jnp.any(kernel[0] != 0)
     assert not jnp.any(kernel[1:])
+
+
+def test_a_look_into_networks_finds_what_their_layers_see():
+    norm = jaxbn.batch_norm()
+    x = jax.random.normal(jax.random.key(1), (8, 6))
+    build = lambda norm: mlp(norm, use_bias=False)
+    several = jax.vmap(lambda key: build(norm).init(key, x))(jax.random.split(jax.random.key(0), 3))
+    first, second = models.look(build, norm, lambda h, y: jnp.stack([h, y]).std(1))(several, x)
+    assert (first.shape, second.shape) == ((3, 2, 5), (3, 2, 4))
+    kernels = several["params"][0]["layer"]["kernel"]
+    np.testing.assert_allclose(first[:, 0], jnp.einsum("ni,rji->rnj", x, kernels).std(1), rtol=1e-5)
+    np.testing.assert_allclose(second[:, 1], 1, rtol=0.2)  # small variances feel epsilon

@@ -17,13 +17,13 @@ EXPERIMENTS = (
     "deep_conv",
     "chain",
     "placement",
-    "mean_field",
-    "rank",
     "reparameterization",
     "whitening",
     "through_statistics",
     "effective_rate",
     "affine_only",
+    "mean_field",
+    "rank",
     "gradient_flow",
 )
 
