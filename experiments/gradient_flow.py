@@ -48,9 +48,7 @@ CELLS = {
 }
 SATURATING = ("tanh", "sigmoid")
 HALVES = ("lower", "upper")
-SEARCH = Search(
-    "rate", (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), seeds=1, extensions=2, together=False, least_steps=10
-)
+SEARCH = Search("rate", (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0), seeds=1, extensions=2, together=False, least_steps=10)
 RATES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # at which ReLUs are counted
 SHADES = COLORS | {STARTED: "#009e73"}
 VANISH = "Does batch norm keep gradients from vanishing or exploding?"
@@ -383,8 +381,8 @@ EXPERIMENT = Experiment(
         table_of(
             "Factor of the gradient's norm per layer on the way down, at the start", per_layer, rows=["arm"],
             columns="activation",
-            note="Published for a plain sigmoid network: the first of four hidden layers learns roughly 100 times slower"
-            f" than the last, which is {PUBLISHED:.3f} per layer (Nielsen).",
+            note="Published for a plain sigmoid network: the first of four hidden layers learns roughly 100 times"
+            f" slower than the last, which is {PUBLISHED:.3f} per layer (Nielsen).",
         ),
         table_of(
             "Share of the way from a half's start to its final outputs that is left, mean over training",
@@ -407,8 +405,8 @@ EXPERIMENT = Experiment(
             draw_gradients, *(partial(draw_depths, activation) for activation in ACTIVATIONS),
             file="gradient_flow.png", size=(4.4, 4.2),
             title="Do gradients reach the lower layers, and is that why batch norm helps?",
-            caption="Lines: means over seeds; bands: their range. Left: norm of the loss's gradient by each layer's output;"
-            " published: Nielsen's figure for four hidden layers, continued. Others: the control 'normalized at the"
+            caption="Lines: means over seeds; bands: their range. Left: norm of the loss's gradient by each layer's"
+            " output; published: Nielsen's figure for four hidden layers, continued. Others: the control 'normalized at the"
             " start only' begins with the statistics of batch norm and keeps them as constants.",
         ),
         panels(
