@@ -406,8 +406,8 @@ EXPERIMENT = Experiment(
             file="gradient_flow.png", size=(4.4, 4.2),
             title="Do gradients reach the lower layers, and is that why batch norm helps?",
             caption="Lines: means over seeds; bands: their range. Left: norm of the loss's gradient by each layer's"
-            " output; published: Nielsen's figure for four hidden layers, continued. Others: the control 'normalized at the"
-            " start only' begins with the statistics of batch norm and keeps them as constants.",
+            " output; published: Nielsen's figure for four hidden layers, continued. Others: the control 'normalized at"
+            " the start only' begins with the statistics of batch norm and keeps them as constants.",
         ),
         panels(
             draw_order, draw_dead, file="layers.png", size=(5.6, 4.4),
