@@ -226,7 +226,9 @@ def draw_depths(activation: str, ax: Axes, settings: Sizes, r: xr.Dataset) -> No
     """Test accuracy by depth, with one activation."""
     shown = r.accuracy.sel(activation=activation, drop=True).rename("test accuracy")
     lines(ax, shown, x="depth", hue="arm", style="arm", palette=SHADES, markers=True)
-    ax.set(xscale="log", xlabel="hidden layers", ylabel=f"test accuracy after {settings.steps:,} steps", ylim=(0, 1.02))
+    ax.set(xscale="log", xlabel="hidden layers", ylabel="", ylim=(0, 1.02))
+    if activation == "ReLU":
+        ax.set_ylabel(f"test accuracy after {settings.steps:,} steps")
     ax.set_xticks(settings.depths, map(str, settings.depths))
     ax.minorticks_off()
     ax.set_title(f"{activation}: trained, each at its best rate")
@@ -244,7 +246,7 @@ def draw_order(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
 
 def draw_dead(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """Dead ReLUs by rate."""
-    lines(ax, r.dead, x="rate", hue="arm", style="arm", palette=SHADES, markers=True)
+    lines(ax, r.dead.sel(arm=[PLAIN, BATCH]), x="rate", hue="arm", style="arm", palette=SHADES, markers=True)
     ax.axhline(0.4, color="gray", linestyle=":", label="published: as much as 40%")
     ax.set(xscale="log", xlabel="learning rate", ylabel="share of ReLUs silent on all test images", ylim=(0, None))
     ax.set_title(f"{settings.looked_at} layers: ReLUs that have died")
@@ -273,6 +275,27 @@ EXPERIMENT = Experiment(
     " Neural Networks and Deep Learning. Determination Press 2015. S. Kornblith et al.: Similarity of Neural Network"
     " Representations Revisited. ICML 2019.",
     theme=WHY_FASTER,
+    answer="Without batch norm the gradient of a deep sigmoid network shrinks more than fourfold per layer on the way"
+    " down, and with 8 or 20 layers it learns nothing; with batch norm the gradient changes by less than a fifth per layer,"
+    " and 20 layers reach 0.81 to 0.87 of the test digits with every activation. But vanishing gradients are not the"
+    " whole story: a network that only starts as the normalized one has gradients as good and ends 0.05 to 0.47 below"
+    " it, and nowhere were lower layers the last to come close to their final outputs.",
+    reader_questions={
+        "Do gradients vanish in a deep network without batch norm?":
+        "With Glorot's weights, from the last of 20 layers to the first the gradient falls to a trillionth with"
+        " sigmoid, to about 1/600 with ReLU and to a third with tanh. With batch norm 0.4 of it arrives with sigmoid,"
+        " and it grows with tanh and ReLU, by 7% and 18% a layer.",
+        "Do lower layers learn last?":
+        "Not in the networks of 8 layers that learned: their lower half was closer to its final outputs than the"
+        " upper half, with batch norm and without. It was not finished, though: freezing it after a quarter of the"
+        " steps cost 0.01 to 0.19 of test accuracy, more than freezing the upper half.",
+        "Do ReLUs die, and does batch norm keep them alive?":
+        "In plain networks of 8 layers two thirds of the ReLUs were silent on every test image after training at rate"
+        " 1, with batch norm none. At rate 10, where plain networks diverge, 30% were with batch norm.",
+        "Is batch norm worth while in a shallow network?":
+        "With one hidden layer it changed test accuracy by less than 0.02, up with ReLU and down with tanh, each at"
+        " its best rate. With 20 layers it gained 0.03 with tanh, 0.66 with ReLU and 0.77 with sigmoid.",
+    },
     differs="None of the sources compares these arms. Raghu et al. train convolutional and residual networks on"
     " CIFAR-10 and compare by SVCCA; here MLPs on digits, and linear CKA. Nielsen's network has four hidden layers of"
     " 30 sigmoids and Gaussian weights of variance 1 / inputs (as remembered).",
