@@ -26,6 +26,7 @@ EXPERIMENTS = (
     "rank",
     "landscape",
     "loss_surface",
+    "gradient_flow",
 )
 
 

@@ -239,12 +239,12 @@ def _compile_training(task: Task, schedule: Schedule, per_seed: int) -> tuple[Ca
 
 def split(tree: Any, per_seed: int) -> Any:
     """Leaves [runs, ...] to [seeds, per_seed, ...]."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, per_seed, *leaf.shape[1:]), tree)
+    return jax.tree.map(lambda leaf: leaf.reshape(len(leaf) // per_seed, per_seed, *leaf.shape[1:]), tree)
 
 
 def join(tree: Any) -> Any:
     """Leaves [seeds, per_seed, ...] to [runs, ...]."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
+    return jax.tree.map(lambda leaf: leaf.reshape(leaf.shape[0] * leaf.shape[1], *leaf.shape[2:]), tree)
 
 
 def runs_per_seed(runs: list[dict]) -> int:
