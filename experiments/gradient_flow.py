@@ -277,9 +277,9 @@ EXPERIMENT = Experiment(
     theme=WHY_FASTER,
     answer="Without batch norm the gradient of a deep sigmoid network shrinks more than fourfold per layer on the way"
     " down, and with 8 or 20 layers it learns nothing; with batch norm the gradient changes by less than a fifth per"
-    " layer, and 20 layers reach 0.81 to 0.87 of the test digits with every activation. But vanishing gradients are not the"
-    " whole story: a network that only starts as the normalized one has gradients as good and ends 0.05 to 0.47 below"
-    " it, and nowhere were lower layers the last to come close to their final outputs.",
+    " layer, and 20 layers reach 0.81 to 0.87 of the test digits with every activation. But vanishing gradients are not"
+    " the whole story: a network that only starts as the normalized one has gradients as good and ends 0.05 to 0.47"
+    " below it, and nowhere were lower layers the last to come close to their final outputs.",
     reader_questions={
         "Do gradients vanish in a deep network without batch norm?":
         "With Glorot's weights, from the last of 20 layers to the first the gradient falls to a trillionth with"
