@@ -69,9 +69,9 @@ class Sizes(Settings):
     width: int = 50
 
 
-def cells(seed: int) -> list[dict]:
+def cells(seed: int, **numbers: float) -> list[dict]:
     """The runs of one seed, one for each arm and activation."""
-    return [run | {"lower": NEVER, "upper": NEVER} for run in runs_of(CELLS, 1, seed)]
+    return [run | {"lower": NEVER, "upper": NEVER} | numbers for run in runs_of(CELLS, 1, seed)]
 
 
 def trained(settings: Sizes, depth: int, runs: Sequence[dict]) -> tuple[dict, list[dict]]:
@@ -96,18 +96,17 @@ def rates(settings: Sizes) -> xr.DataArray:
 def measured(settings: Sizes, seed: int) -> xr.Dataset:
     """Everything about the networks of one seed."""
     chosen, shape = rates(settings), [len(names) for names in CELLS.values()]
-    accuracy, by_depth = [], {}
+    accuracy, frozen = [], []
     for depth in settings.depths:
-        by_depth[depth] = with_chosen(cells(seed), chosen, {"depth": depth})
-        found, kept = trained(settings, depth, by_depth[depth])
+        found, kept = trained(settings, depth, with_chosen(cells(seed), chosen, {"depth": depth}))
         accuracy.append(found["test_accuracy"].reshape(shape))
         if depth == settings.looked_at:
             alike = np.stack([similar(settings, variables, kept[-1]) for variables in kept])
         if depth == settings.depths[-1]:
             sizes = np.array([flow(settings, variables) for variables in (kept[0], kept[-1])])
-    frozen = []
     for half in HALVES:
-        runs = [{**run, half: settings.steps // 4} for run in by_depth[settings.looked_at]]
+        runs = cells(seed, **{half: settings.steps // 4})
+        runs = with_chosen(runs, chosen, {"depth": settings.looked_at})
         frozen.append(trained(settings, settings.looked_at, runs)[0]["test_accuracy"].reshape(shape))
     over = ("arm", "activation")
     arrays = {
