@@ -4,8 +4,8 @@ Protocol: MLPs of 1, 3, 8 and 20 hidden layers of 50 units on digits, with ReLU,
 weights, batches of 60, plain SGD, 300 steps (five epochs). Three arms start from the same weights and see the same
 batches: plain; batch norm before the activation (decay 0.9, epsilon 1e-5); and, the control, normalized at the start
 only: the same network with the statistics of 512 images at its start, which then stay as constants (scale and bias
-are learned). It starts with the signals and gradients of batch norm and goes on without it. Each network has the rate
-that was best on validation, by the same search.
+are learned). It starts with the signals of batch norm, and its gradients lack only what flows through the statistics.
+Each network has the rate that was best on validation, by the same search.
 
 Four things are measured. The norm of the loss's gradient by the output of each of 20 layers (at the start, at the
 end). Test accuracy by depth. In networks of 8 layers, how alike the outputs of each layer during training are to its
@@ -96,18 +96,17 @@ def rates(settings: Sizes) -> xr.DataArray:
 def measured(settings: Sizes, seed: int) -> xr.Dataset:
     """Everything about the networks of one seed."""
     chosen, shape = rates(settings), [len(names) for names in CELLS.values()]
-    accuracy, by_depth = [], {}
+    accuracy, frozen = [], []
     for depth in settings.depths:
-        by_depth[depth] = with_chosen(cells(seed), chosen, {"depth": depth})
-        found, kept = trained(settings, depth, by_depth[depth])
+        found, kept = trained(settings, depth, with_chosen(cells(seed), chosen, {"depth": depth}))
         accuracy.append(found["test_accuracy"].reshape(shape))
         if depth == settings.looked_at:
             alike = np.stack([similar(settings, variables, kept[-1]) for variables in kept])
         if depth == settings.depths[-1]:
             sizes = np.array([flow(settings, variables) for variables in (kept[0], kept[-1])])
-    frozen = []
     for half in HALVES:
-        runs = [{**run, half: settings.steps // 4} for run in by_depth[settings.looked_at]]
+        runs = cells(seed, **{half: settings.steps // 4})
+        runs = with_chosen(runs, chosen, {"depth": settings.looked_at})
         frozen.append(trained(settings, settings.looked_at, runs)[0]["test_accuracy"].reshape(shape))
     over = ("arm", "activation")
     arrays = {
@@ -276,10 +275,10 @@ EXPERIMENT = Experiment(
     " Representations Revisited. ICML 2019.",
     theme=WHY_FASTER,
     answer="Without batch norm the gradient of a deep sigmoid network shrinks more than fourfold per layer on the way"
-    " down, and with 8 or 20 layers it learns nothing; with batch norm the gradient changes by less than a fifth per layer,"
-    " and 20 layers reach 0.81 to 0.87 of the test digits with every activation. But vanishing gradients are not the"
-    " whole story: a network that only starts as the normalized one has gradients as good and ends 0.05 to 0.47 below"
-    " it, and nowhere were lower layers the last to come close to their final outputs.",
+    " down, and with 8 or 20 layers it learns nothing; with batch norm the gradient changes by less than a fifth per"
+    " layer, and 20 layers reach 0.81 to 0.87 of the test digits with every activation. But vanishing gradients are not"
+    " the whole story: a network that only starts as the normalized one has gradients as good and ends 0.05 to 0.47"
+    " below it, and nowhere were lower layers the last to come close to their final outputs.",
     reader_questions={
         "Do gradients vanish in a deep network without batch norm?":
         "With Glorot's weights, from the last of 20 layers to the first the gradient falls to a trillionth with"
