@@ -174,10 +174,10 @@ EXPERIMENT = Experiment(
     citation="S. Santurkar, D. Tsipras, A. Ilyas, A. Madry: How Does Batch Normalization Help Optimization?"
     " NeurIPS 2018, arXiv:1805.11604.",
     theme=WHY_FASTER,
-    answer="Not as the source measures it: along its gradient, at one rate for all, loss and gradient changed 1.3 to 1.5"
-    " times as much with batch norm as without, where the network without it hardly learned at first. Moved equally far"
-    " the gradient changed 0.74 times as much as without batch norm, and 0.44 times as much as with frozen statistics:"
-    " there it is smoother, and the statistics that move with the weights make it so.",
+    answer="Not as the source measures it: along its gradient, at one rate for all, loss and gradient changed 1.3 to"
+    " 1.5 times as much with batch norm as without, where the network without it hardly learned at first. Moved equally"
+    " far the gradient changed 0.74 times as much as without batch norm, and 0.44 times as much as with frozen"
+    " statistics: there it is smoother, and the statistics that move with the weights make it so.",
     reader_questions={
         "Is the loss smoother with batch norm?": "That hangs on how it is measured. At equal rates a network that does"
         " not learn yet looks smoothest; after steps of equal length the gradients with batch norm were the more"
