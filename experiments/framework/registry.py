@@ -24,6 +24,7 @@ EXPERIMENTS = (
     "affine_only",
     "mean_field",
     "rank",
+    "covariate_shift",
 )
 
 

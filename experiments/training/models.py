@@ -303,6 +303,20 @@ def deep_conv(depth: int, norm: jaxbn.Normalizer, *, use_bias: bool, classes: in
     return stack(layers, dense(classes, use_bias=True), norm, jax.nn.relu, glorot_weights())
 
 
+def vgg(blocks: Sequence[Sequence[int]], norm: jaxbn.Normalizer, *, units: int, classes: int = 10) -> Network:
+    """Blocks of 3 x 3 convolutions with as many filters as `blocks` says, then dense `units`, dense; ReLU, Glorot.
+
+    The first convolution of each block has stride 2, where VGG has a maximum over 2 x 2. The bias is the norm's.
+    """
+    layers = [
+        conv3x3(filters, stride=1 if number else 2, use_bias=False)
+        for block in blocks
+        for number, filters in enumerate(block)
+    ]
+    layers.append(dense(units, use_bias=False))
+    return stack(layers, dense(classes, use_bias=True), norm, jax.nn.relu, glorot_weights())
+
+
 def lenet(
     norm: jaxbn.Normalizer, *, use_bias: bool, activation: Callable[[Array], Array], classes: int = 10
 ) -> Network:
