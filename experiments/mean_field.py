@@ -17,7 +17,7 @@ digits there was added after it, to see whether the digits are why; no claim res
 `python -m experiments run mean_field` takes about four minutes on two cores. `full` has the source's 200 networks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import xarray as xr
-from jax import Array
 from matplotlib.axes import Axes
 
 from experiments.framework.claim import Claim, Compared
@@ -41,9 +40,8 @@ from experiments.training.equal_layers import (
     RELU,
     TANH,
     Arm,
-    drawn,
-    flow,
     flow_of_noise,
+    flows,
     linear_rate,
     relu_rate,
     trained,
@@ -82,65 +80,50 @@ class Sizes(Settings):
 
 
 def stages(settings: Sizes) -> Iterator[Stage]:
-    """One for each size of network and batch, then the controls, float64 and the steps."""
+    """One for each size of network and batch, then white noise, the controls, float64 and the steps."""
     largest = max(settings.batches)
     sizes = [(settings.width, batch) for batch in settings.batches]
     sizes += [(width, largest) for width in settings.widths if width != settings.width]
-    for width, batch in sizes:
-        yield Stage(f"width {width}, batch {batch}", partial(by_size, settings, width, batch))
-    yield Stage("white noise", partial(by_noise, settings))
+    for size in sizes:
+        yield Stage("width {}, batch {}".format(*size), partial(by_size, settings, size))
+    yield Stage("white noise", partial(by_noise, settings, (settings.widths[-1], largest)))
     yield Stage("controls", partial(by_arm, settings))
     yield Stage("float64", partial(by_dtype, settings))
     yield Stage("steps", partial(by_step, settings))
 
 
-def measured(
-    settings: Sizes, arms: Sequence[str], width: int, batch: int, measure: Callable = flow, dtype: type = jnp.float32
-) -> list[list[Array]]:
-    """`measure(arm, drawn)` of every arm: [seed, arm, ...]."""
-    found, digits = [], data.load(settings.data)
-    for seed in settings.every_seed:
-        own = drawn(digits, seed, settings.depth, width, batch, dtype)
-        found.append([measure(ARMS[arm], own) for arm in arms])
-    return jax.device_get(found)
+def flows_of(settings: Sizes, arms: Sequence[str], size: tuple[int, int], **how: object) -> xr.DataArray:
+    """What `flows` says of some of ARMS at one width and batch."""
+    chosen = {arm: ARMS[arm] for arm in arms}
+    return flows(chosen, data.load(settings.data), settings.every_seed, settings.depth, *size, **how)
 
 
-def named(settings: Sizes, name: str, axes: tuple, values: list, **coordinates: object) -> xr.Dataset:
-    """An array with the axes "seed" first and "layer" last."""
-    coordinates |= {"seed": settings.every_seed, "layer": 1 + np.arange(settings.depth)}
-    return xr.Dataset({name: (("seed", *axes, "layer"), np.asarray(values, np.float64))}, coordinates)
-
-
-def by_size(settings: Sizes, width: int, batch: int) -> xr.Dataset:
+def by_size(settings: Sizes, size: tuple[int, int]) -> xr.Dataset:
     """`size` [seed, arm, layer], at one width and batch."""
-    found = measured(settings, [MAIN], width, batch)
-    return named(settings, "size", ("arm",), found, arm=[MAIN], width=width, batch=batch)
+    return flows_of(settings, [MAIN], size).to_dataset(name="size").assign_coords(width=size[0], batch=size[1])
 
 
-def by_noise(settings: Sizes) -> xr.Dataset:
+def by_noise(settings: Sizes, size: tuple[int, int]) -> xr.Dataset:
     """`noise` [seed, layer]: the largest size on white noise."""
-    found = measured(settings, [MAIN], settings.widths[-1], max(settings.batches), flow_of_noise)
-    return named(settings, "noise", (), [one[0] for one in found])
+    return flows_of(settings, [MAIN], size, measure=flow_of_noise).isel(arm=0, drop=True).to_dataset(name="noise")
 
 
 def by_arm(settings: Sizes) -> xr.Dataset:
     """`control` [seed, arm, layer], and what the theory says of the one without an activation."""
-    found = named(settings, "control", ("arm",), measured(settings, list(ARMS), *settings.control), arm=list(ARMS))
-    return found.assign(linear_theory=linear_rate(settings.control[1]))
+    controls = flows_of(settings, list(ARMS), settings.control).to_dataset(name="control")
+    return controls.assign(linear_theory=linear_rate(settings.control[1]))
 
 
 def by_dtype(settings: Sizes) -> xr.Dataset:
     """`precise` [seed, arm, layer]: the controls' network in float64."""
     with jax.enable_x64(True):
-        found = measured(settings, PAIR, *settings.control, dtype=jnp.float64)
-    return named(settings, "precise", ("arm",), found, arm=PAIR)
+        return flows_of(settings, PAIR, settings.control, dtype=jnp.float64).to_dataset(name="precise")
 
 
 def by_step(settings: Sizes) -> xr.Dataset:
     """`steps` [seed, arm, step, layer]."""
     measure = partial(trained, steps=settings.steps, rate=RATE_PER_EXAMPLE * settings.control[1])
-    found = measured(settings, PAIR, *settings.control, measure)
-    return named(settings, "steps", ("arm", "step"), found, arm=PAIR, step=range(settings.steps + 1))
+    return flows_of(settings, PAIR, settings.control, measure=measure).to_dataset(name="steps")
 
 
 def growth(log_square: xr.DataArray) -> xr.DataArray:

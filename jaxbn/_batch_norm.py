@@ -1,7 +1,6 @@
 """Batch normalization, assembled: measure, normalize, update."""
 
 from collections.abc import Hashable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from jaxbn._normalizer import Normalizer
 from jaxbn._padding import at_running_mean
 from jaxbn._recording import MeasuringNormalizer, running_normalizer
 from jaxbn._running import batch_stats_names, init_batch_stats, running_moments, update_batch_stats
+from jaxbn._shuffled import normalize_shuffled
 
 _SEVERAL = (
     "Train on more examples, share statistics across devices with axis_name, use train=False, or pass"
@@ -35,6 +35,7 @@ def batch_norm(
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     group_size: int | None = None,
+    shuffle: bool = False,
     pool_axis_name: Hashable | tuple[Hashable, ...] | None = None,
     use_scale: bool = True,
     use_bias: bool = True,
@@ -52,6 +53,7 @@ def batch_norm(
 
     In training mean and var are those of the batch, per feature, and gradients flow through them; at test time
     they are the running ones. `apply` also takes `residual`, an array of x's shape added before the activation.
+    `use_running` and `update` choose apart which statistics normalize and whether the running ones move: see `Apply`.
 
     Who shares mean and var, the scope, is chosen by four arguments, and for a given scope the result is the same on any
     number of devices. The whole batch: nothing under jit, `axis_name` in shard_map, pmap or vmap. Runs of n examples,
@@ -69,6 +71,8 @@ def batch_norm(
       axis_index_groups: groups of equal size of indices on `axis_name` that share mean and var.
       group_size: ghost batches (Hoffer et al. 2017): each run of this many examples along the first axis that is not
         a feature axis is normalized by itself; where that is more than a shard holds, by runs of shards.
+      shuffle: draw the ghost batches at random, from all examples of the batch and of the shards of `axis_name`, anew
+        with each `rng` that `apply` is given in training (of the first shard, where shards have different ones).
       pool_axis_name: named axis, or tuple of them, whose shards have the running statistics in common and nothing else.
       use_scale: learn a scale, "scale" in params.
       use_bias: learn a bias, "bias" in params.
@@ -88,9 +92,9 @@ def batch_norm(
 
     Raises:
       ValueError: decay outside [0, 1], a negative epsilon, debias with decay=None, a group_size below 1 or beside
-        axis_index_groups; and, from init and apply, inputs whose shapes do not fit.
+        axis_index_groups, shuffle without group_size; and, from init and apply, inputs whose shapes do not fit.
     """
-    _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups)
+    _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups, shuffle)
     axis_group = axis_group_of(axis_name, axis_index_groups)
     affine = affine_of(use_scale, use_bias, scale_init, bias_init, param_dtype)
 
@@ -117,9 +121,12 @@ def batch_norm(
         return normalize(x, mean, var, scale, bias, axis=axes, residual=residual, **out)
 
     def train(variables, x, *, where, weights, rng=None, residual=None):
-        del rng
         x = inexact(x)
         scale, bias, _, axes = read(variables, x, True)
+        if shuffle:
+            how = dict(axes=axes, group_size=group_size, axis_group=axis_group, rng=rng, where=where, weights=weights)
+            y, measured = normalize_shuffled(x, scale, bias, residual=residual, **how, **out)
+            return y, _pooled(jax.lax.stop_gradient(measured), axis_group, axis_group, pool_axis_name, 0)
         scope, ghosts = _scope(axis_group, x.shape, axes, group_size)
         if not allow_single_value:
             check_several(x, axes, scope, f"feature_axis={feature_axis} keeps the others. {_SEVERAL}", ghosts)
@@ -131,8 +138,10 @@ def batch_norm(
         batch_axis = None if ghosts is None else axes[0]
         return y, _pooled(jax.lax.stop_gradient(measured), axis_group, scope, pool_axis_name, batch_axis)
 
-    rule: dict[str, Any] = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
-    update = partial(update_batch_stats, **rule)
+    def update(batch_stats, measured):
+        rule: dict[str, Any] = dict(decay=decay, unbiased=unbiased, debias=debias, skip_nonfinite=skip_nonfinite)
+        return update_batch_stats(batch_stats, measured.moments, **rule)
+
     everyone = AxisGroup((*_names(axis_name), *_names(pool_axis_name)) or None)
     measuring = MeasuringNormalizer(init, train, evaluate)
     return running_normalizer(measuring, update, feature_axis=feature_axis, axis_group=everyone)
@@ -195,7 +204,7 @@ def _names(axis_name):
     return () if axis_name is None else axis_name if isinstance(axis_name, tuple | list) else (axis_name,)
 
 
-def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups):
+def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups, shuffle):
     check_decay(decay)
     checked_epsilon(epsilon)
     if debias and decay is None:
@@ -204,3 +213,5 @@ def _check_hyperparameters(decay, epsilon, debias, group_size, axis_index_groups
         raise ValueError(f"group_size={group_size}; expected at least 1 example a group, or None for no groups.")
     if group_size is not None and axis_index_groups is not None:
         raise ValueError("group_size and axis_index_groups both choose who shares statistics; pass one of them.")
+    if shuffle and group_size is None:
+        raise ValueError("shuffle=True draws which examples share a ghost batch; pass group_size too, its size.")

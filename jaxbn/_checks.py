@@ -5,7 +5,6 @@ import numbers
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxbn._affine import Shapes
@@ -50,9 +49,9 @@ def checked(
                 f"{collection} has {sorted(held)}; expected {sorted(expected)}: what init made with these arguments."
             )
         for name, shape in expected.items():
-            if jnp.shape(held[name]) != shape:
+            if np.shape(held[name]) != shape:
                 raise ValueError(
-                    f"{name} has shape {jnp.shape(held[name])} but x of shape {x.shape} wants {shape} with"
+                    f"{name} has shape {np.shape(held[name])} but x of shape {x.shape} wants {shape} with"
                     f" feature_axis={feature_axis}; pass x of the shape that init saw, or init for this one."
                 )
     return found
@@ -92,7 +91,7 @@ def check_features(name, value, x, axes):
     if value is None:
         return
     features = tuple(size for axis, size in enumerate(x.shape) if axis not in axes)
-    shape = jnp.shape(value)
+    shape = np.shape(value)
     if len(shape) != len(features) or any(a not in (1, b) for a, b in zip(shape, features, strict=True)):
         raise ValueError(
             f"{name} has shape {shape}; x of shape {x.shape} reduced over axes {axes} has features of shape {features}."
@@ -100,5 +99,5 @@ def check_features(name, value, x, axes):
 
 
 def check_residual(residual, x):
-    if residual is not None and jnp.shape(residual) != x.shape:
-        raise ValueError(f"residual has shape {jnp.shape(residual)}; expected x's shape {x.shape}.")
+    if residual is not None and np.shape(residual) != x.shape:
+        raise ValueError(f"residual has shape {np.shape(residual)}; expected x's shape {x.shape}.")

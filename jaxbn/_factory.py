@@ -43,7 +43,7 @@ class Made(tuple):
             return False
         a, b = self._origin, other._origin
         if a is None or b is None:
-            return a is b and tuple.__eq__(self, other)
+            return a is b and self._parts() == other._parts()
         if a.factory is not b.factory or a.changed.keys() != b.changed.keys():
             return False
         return all(_equal(value, b.changed[name]) for name, value in a.changed.items())
@@ -53,7 +53,7 @@ class Made(tuple):
 
     def __hash__(self) -> int:
         if self._origin is None:
-            return tuple.__hash__(self)
+            return hash(self._parts())
         return hash((self._origin.factory, frozenset(self._hashed(*item) for item in self._origin.changed.items())))
 
     def __repr__(self) -> str:
@@ -61,6 +61,10 @@ class Made(tuple):
             return super().__repr__()
         arguments = (f"{name}={_shown(value)}" for name, value in self._origin.passed.items())
         return f"{self._origin.factory.__name__}({', '.join(arguments)})"
+
+    def _parts(self) -> tuple:
+        """The functions as they were given, by which those made by hand are compared and pickled."""
+        return tuple(self)
 
     def __copy__(self: M) -> M:
         return self
@@ -70,7 +74,7 @@ class Made(tuple):
 
     def __reduce__(self) -> tuple:
         if self._origin is None:
-            return type(self), tuple(self)
+            return type(self), self._parts()
         passed = {name: self._pickled(name, value) for name, value in self._origin.passed.items()}
         return _called, (self._origin.factory, passed)
 

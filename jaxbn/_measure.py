@@ -1,6 +1,5 @@
 """Mean and variance of an array over some of its axes and over its shards."""
 
-from collections.abc import Hashable, Sequence
 from functools import partial
 
 import jax
@@ -8,10 +7,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxbn._arithmetic import at_least_float32, inner, safe_divide, weighted_sum
-from jaxbn._axis_group import AxisGroup, axis_group_of, whole_axes
+from jaxbn._axis_group import AxisGroup, whole_axes
 from jaxbn._cpu import on_cpu, sums_on_cpu
-from jaxbn._inputs import canonical_axes, combined_weights, inexact, size_of
-from jaxbn._moments import Measured, Moments, Sums, around, finite_or_zero, pool_along, pool_moments, sums_around
+from jaxbn._inputs import size_of
+from jaxbn._moments import Measured, Sums, around, finite_or_zero, pool_along, pool_moments, sums_around
 
 # One value in so many is measured first, where there are no weights: 1.07 passes over the input in place of 2.
 _SAMPLED = 16
@@ -20,41 +19,6 @@ GATHERED = 256
 
 # By this name the policies of a `jax.checkpoint` know the statistics that derivative rules keep.
 STATISTICS = "jaxbn_statistics"
-
-
-def moments(
-    x: jax.Array,
-    axis: int | Sequence[int] | None = None,
-    *,
-    where: jax.Array | None = None,
-    weights: jax.Array | None = None,
-    axis_name: Hashable | tuple[Hashable, ...] | None = None,
-    axis_index_groups: Sequence[Sequence[int]] | None = None,
-) -> Moments:
-    """Count, mean and biased variance of x over `axis`, exact however far the mean lies from zero.
-
-    Distances from a number near the mean are summed, and their squares, so that neither cancellation nor overflow costs
-    digits (Chan, Golub and LeVeque 1983, section 3).
-
-    Args:
-      x: floating or complex array of any shape.
-      axis: the axes to reduce, as in `jnp.mean`; None reduces all. The remaining axes are the features.
-      where: boolean, broadcastable to x: True counts. What it leaves out may be anything, NaN included.
-      weights: real, broadcastable to x: a weight of 2 counts as the same value twice. No gradient flows to them.
-      axis_name: named axis, or tuple of them, over whose shards the values are pooled.
-      axis_index_groups: groups of equal size of indices on `axis_name`; shards pool within their group.
-
-    Returns:
-      Moments of shape [features], float32 at least. A feature that saw nothing has count, mean and var 0.
-
-    Raises:
-      TypeError: x is not floating or complex, or `where` is not boolean.
-      ValueError: an axis out of range or named twice, `where` or `weights` that do not broadcast, an axis name that
-        is not bound.
-    """
-    x = inexact(x)
-    axis_group = axis_group_of(axis_name, axis_index_groups)
-    return measure(x, combined_weights(x, where, weights), canonical_axes(axis, x.ndim), axis_group).moments
 
 
 def measure(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...], axis_group: AxisGroup) -> Measured:

@@ -1,7 +1,7 @@
 """The one type that every variant fits."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 from jaxbn._factory import Made, normalizer_factory
 from jaxbn._inputs import combined_weights
 from jaxbn._padding import silenced
+from jaxbn._switches import alone, switched
 
 Variables = dict[str, Any]
 
@@ -28,7 +29,7 @@ class Init(Protocol):
 
 
 class Apply(Protocol):
-    """apply(variables, x, *, train, where=None, weights=None, rng=None, ...) -> (y, batch_stats)."""
+    """apply(variables, x, *, train, use_running, update, where, weights, rng, ...) -> (y, batch_stats)."""
 
     def __call__(
         self,
@@ -36,6 +37,8 @@ class Apply(Protocol):
         x: jax.Array,
         *,
         train: bool,
+        use_running: bool | None = None,
+        update: bool | None = None,
         where: jax.Array | None = None,
         weights: jax.Array | None = None,
         rng: jax.Array | None = None,
@@ -47,7 +50,12 @@ class Apply(Protocol):
           variables: what `init` made, or what training made of it.
           x: the array.
           train: normalize by the batch and move the statistics, or normalize by the running statistics and return
-            them as they came. A Python bool.
+            them as they came. A Python bool, as the two switches that follow.
+          use_running: normalize by the running statistics, as train=False does; None is `not train`. With False in
+            evaluation, or with update=False in training, the batch normalizes and the statistics stay as they are:
+            a second forward pass on the same batch, a generator's pass through the discriminator.
+          update: move the statistics by the batch, as train=True does; None is `train`. With use_running=True too,
+            they move by a batch that they normalize as they were before it.
           where: boolean, broadcastable to x: True counts in the statistics.
           weights: real, broadcastable to x: how much each value counts.
           rng: random key, for variants that draw.
@@ -72,14 +80,22 @@ class Normalizer(Made, _Functions):
 
     Attributes:
       init: init(key, x) -> {"params": {...}, "batch_stats": {...}}; see `Init`.
-      apply: apply(variables, x, *, train, where=None, weights=None, rng=None) -> (y, batch_stats); see `Apply`.
+      apply: apply(variables, x, *, train, use_running=None, update=None, where=None, weights=None, rng=None) ->
+        (y, batch_stats); see `Apply`. One that knows `train` alone is given the two switches.
     """
 
     def __new__(
         cls, init: Callable[..., Variables], apply: Callable[..., tuple[jax.Array, dict[str, Any]]]
     ) -> "Normalizer":
         """Put two functions together; each takes the arguments of its protocol, and those it names itself."""
-        return super().__new__(cls, cast(Init, init), cast(Apply, apply))
+        return super().__new__(cls, cast(Init, init), cast(Apply, switched(apply)))
+
+    def _parts(self) -> tuple:
+        return self.init, alone(self.apply)
+
+    @classmethod
+    def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]  # mypy has a signature of its own.
+        return cls(*iterable)  # `_replace` comes this way, which would pass by __new__.
 
 
 @jax.tree_util.register_static

@@ -18,7 +18,7 @@ from jaxbn._factory import normalizer_factory
 from jaxbn._inputs import combined_weights, inexact, reduced_axes
 from jaxbn._layers import leaves_by_path, replace_layers
 from jaxbn._measure import measure
-from jaxbn._moments import Measured, Moments, merge_measured
+from jaxbn._moments import Measured, merge_measured
 from jaxbn._normalizer import Normalizer, Variables, check_mode
 from jaxbn._padding import silenced
 from jaxbn._record import BatchStats, Mode, Recorded, empty_record, is_recorded, mode_of, running_part
@@ -64,32 +64,60 @@ def recorded_moments(before: Mapping[str, Any], after: Mapping[str, Any]) -> Mea
 
 
 def start_pooling(batch_stats: Any) -> Any:
-    """The same tree, every layer that keeps a "mean" ready to pool the moments of microbatches.
+    """Statistics that collect the moments of microbatches and do not move, for gradient accumulation in your own loop.
+
+    Pass them to the network in training in the place of batch_stats, and what it returns to the next microbatch; then
+    `finish_pooling` moves the running statistics once, by the moments of all microbatches pooled by count: by exactly
+    those of the batch that they make up, however unequal they are. Each microbatch is normalized by itself. In
+    `jaxbn.training` a step with `microbatches=` does all this.
+
+    The result is a tree of arrays, of the same structure whatever has been collected: a carry of `lax.scan`, an
+    argument of a jitted step. Evaluation reads the running statistics in it.
 
     Args:
-      batch_stats: any tree of layers; to be passed to the network, as it comes back, with each microbatch.
+      batch_stats: of a network, any tree of layers, of jaxbn's normalizers and modules, or made `recordable`. Those of
+        other layers stay as they are.
+
+    Raises:
+      ValueError: from the network in training, layers that have no moments to pool: `whitening_norm`,
+        `virtual_batch_norm`.
+      TypeError: batch_stats pool already.
     """
+    if any(map(is_recorded, jax.tree.leaves(batch_stats, is_leaf=is_recorded))):
+        raise TypeError("batch_stats pool moments already; go on with them, or end that with finish_pooling first.")
     layers = {path: stats for path, stats in leaves_by_path(batch_stats).items() if "mean" in stats}
     return replace_layers(batch_stats, {path: empty_record(stats, Mode.POOL) for path, stats in layers.items()})
 
 
 def finish_pooling(pooled: Any, batch_stats: Any) -> Any:
-    """Running statistics moved once by all that was pooled.
+    """Running statistics moved once by all that was pooled; as they were where that is nothing.
 
     Args:
       pooled: what came of `start_pooling(batch_stats)`, after the network has been applied to each microbatch.
       batch_stats: the statistics before, whose shapes and dtypes the result has.
+
+    Returns:
+      batch_stats of the same structure.
+
+    Raises:
+      ValueError: pooled has another structure, as plain batch_stats have.
     """
 
     def finished(leaf, before):
         return leaf.moved.astype(before.dtype) if is_recorded(leaf) else leaf
 
+    found, expected = (str(jax.tree.structure(v)) for v in (pooled, jax.eval_shape(start_pooling, batch_stats)))
+    if found != expected:
+        raise ValueError(
+            f"pooled has the structure {found}; expected what the network made of start_pooling(batch_stats),"
+            f" {expected}."
+        )
     return jax.tree.map(finished, pooled, batch_stats, is_leaf=is_recorded)
 
 
 def running_normalizer(
     norm: MeasuringNormalizer,
-    update: Callable[[BatchStats, Moments], BatchStats],
+    update: Callable[[BatchStats, Measured], BatchStats],
     *,
     feature_axis: int | Sequence[int],
     axis_group: AxisGroup,
@@ -98,7 +126,7 @@ def running_normalizer(
 
     Args:
       norm: the normalization.
-      update: update(batch_stats, moments) -> batch_stats.
+      update: update(batch_stats, measured) -> batch_stats.
       feature_axis: the axis or axes of x that norm keeps.
       axis_group: shards over which the moments of x are pooled where norm normalizes by its running statistics.
     """
@@ -116,7 +144,7 @@ def running_normalizer(
         else:
             y, measured = norm.train(plain, x, **batch)
         if mode is None:
-            return y, update(held, measured.moments)
+            return y, update(held, measured)
         return y, _added(held, lax.stop_gradient(measured), update if mode is Mode.POOL else None)
 
     return Normalizer(norm.init, apply)
@@ -176,8 +204,8 @@ def unrecordable(norm: Normalizer, reason: str) -> Normalizer:
     return Normalizer(norm.init, apply)
 
 
-def _unmoved(batch_stats, moments):
-    del moments
+def _unmoved(batch_stats, measured):
+    del measured
     return batch_stats
 
 
@@ -196,7 +224,7 @@ def _measured(x, where, weights, feature_axis, axis_group):
 def _added(record, measured, update):
     """The record with a batch added; with an update, the statistics moved by all that is now in it."""
     pooled = merge_measured(record["mean"].measured, measured)
-    moved = {} if update is None else update(running_part(record), pooled.moments)
+    moved = {} if update is None else update(running_part(record), pooled)
 
     def leaf(name, old: Recorded) -> Recorded:
         new = moved.get(name, old.moved).astype(old.moved.dtype)

@@ -1,4 +1,4 @@
-"""Variables and hyperparameters from and to torch, Keras, Haiku and Flax.
+"""Variables and hyperparameters from and to torch, Keras, Haiku and Flax, and those of CrossQ in SBX.
 
 | jaxbn            | torch                    | Keras             | Haiku                    | Flax           |
 | ---------------- | ------------------------ | ----------------- | ------------------------ | -------------- |
@@ -27,6 +27,9 @@ import numpy as np
 
 from jaxbn._arithmetic import at_least_float32
 from jaxbn._batch_norm import batch_norm
+from jaxbn._convert_crossq import arguments_from_crossq as arguments_from_crossq
+from jaxbn._convert_crossq import from_crossq as from_crossq
+from jaxbn._convert_crossq import to_crossq as to_crossq
 from jaxbn._layers import AFFINE_NAMES, nested_names
 from jaxbn._running import running_moments
 

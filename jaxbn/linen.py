@@ -1,18 +1,28 @@
-"""Flax linen modules: `BatchNorm`, which drops in for Flax's own, and `Norm`, which lifts any Normalizer."""
+"""Flax linen modules: `BatchNorm`, which drops in for Flax's own, and `Norm`, which lifts any Normalizer.
 
-from collections.abc import Callable
+Beside them `BatchRenorm`, batch renormalization with Flax's names for arguments; `replace_norms`, which puts other
+normalizers into a finished network; and `normalizer_of`, the Normalizer that a module stands for.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import dtypes
 
 from jaxbn._inputs import canonical_axes
+from jaxbn._linen_renorm import BatchRenorm as BatchRenorm
+from jaxbn._module_norm import Chosen, Make, made_for
+from jaxbn._module_norm import normalizer_of as normalizer_of
 from jaxbn._normalizer import Normalizer, OneDrawNormalizer
 from jaxbn._running import init_batch_stats
 from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask
+from jaxbn.variants._frozen import PathFilter
 
 # Arguments while variables are initialized, which happens outside of any named axis and often on one example.
 _INITIALIZING = dict.fromkeys(("axis_name", "axis_index_groups", "group_size", "pool_axis_name")) | {
@@ -78,6 +88,7 @@ class BatchNorm(nn.BatchNorm):
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update: bool | None = None,
     ) -> jax.Array:
         """Normalize x: by the batch and moving "batch_stats", or by "batch_stats" with use_running_average.
 
@@ -87,13 +98,14 @@ class BatchNorm(nn.BatchNorm):
           mask: broadcastable to x: true where a value counts in the statistics.
           weights: real, broadcastable to x: how much each value counts.
           residual: of x's shape, added before the activation.
+          update: move "batch_stats" by x, whatever normalizes it; None is not use_running_average.
 
         Returns:
           y of x's shape.
 
         Raises:
           ValueError: use_running_average given twice or not at all; and as `jaxbn.batch_norm` raises.
-          flax.errors.ModifyScopeVariableError: training without "batch_stats" among the mutable collections.
+          flax.errors.ModifyScopeVariableError: "batch_stats" would move and is not among the mutable collections.
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = floating(x)
@@ -110,17 +122,19 @@ class BatchNorm(nn.BatchNorm):
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
         overrides = {"dtype": dtype} | (_INITIALIZING if self.is_initializing() else {})
         variables = {"params": params, "batch_stats": widened({n: v.value for n, v in stats.items()}, x.dtype)}
+        update = not use_running_average if update is None else update
         y, moved = apply_batch_norm(
             self,
             variables,
             x,
             train=not use_running_average,
             overrides=overrides,
+            update=update,
             where=as_where(mask),
             weights=weights,
             residual=residual,
         )
-        if not (use_running_average or self.is_initializing()):
+        if update and not self.is_initializing():
             for name, value in moved.items():
                 stats[name].value = value
         return y
@@ -151,6 +165,7 @@ class Norm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update: bool | None = None,
         **arguments: Any,
     ) -> jax.Array:
         """Normalize x, moving "batch_stats" unless use_running_average.
@@ -159,11 +174,12 @@ class Norm(nn.Module):
           x: what the normalizer takes.
           use_running_average: as the attribute; one of the two must be given, and only one.
           mask: another name for the normalizer's `where`, as `BatchNorm` has it.
+          update: move "batch_stats" by x, whatever normalizes it; None is not use_running_average.
           **arguments: for the normalizer's apply: where, weights, rng, residual, condition, step, ...
 
         Raises:
           ValueError: use_running_average given twice or not at all; mask beside where; and what the normalizer raises.
-          flax.errors.ModifyScopeVariableError: training without "batch_stats" among the mutable collections.
+          flax.errors.ModifyScopeVariableError: "batch_stats" would move and is not among the mutable collections.
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         arguments = with_mask(arguments, mask)
@@ -172,8 +188,9 @@ class Norm(nn.Module):
             arguments["rng"] = self._rng()
         variables = {"params": params, "batch_stats": {name: v.value for name, v in stats.items()}}
         train = not (use_running_average or self.is_initializing())
-        y, moved = self.norm.apply(variables, x, train=train, **arguments)
-        if train:
+        update = train if update is None or self.is_initializing() else update
+        y, moved = self.norm.apply(variables, x, train=train, update=update, **arguments)
+        if update:
             for name, value in moved.items():
                 stats[name].value = value
         return y
@@ -187,10 +204,67 @@ class Norm(nn.Module):
     def _variables(self, x):
         # One key for all of them: variables that belong together start together. Without a stream it is only traced.
         key = self.make_rng("params") if self.has_rng("params") else jax.random.key(0)
-        start = partial(self.norm.init, key, jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)))
+        start = partial(self.norm.init, key, jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)))
         names = jax.eval_shape(start)
         params = {n: self.param(n, lambda _, n=n: start()["params"][n]) for n in names["params"]}
         stats = {
             n: self.variable("batch_stats", n, lambda n=n: start()["batch_stats"][n]) for n in names["batch_stats"]
         }
         return params, stats
+
+
+class _InPlace(Norm):
+    """Stands where another norm stood, and is not replaced once more."""
+
+
+@contextlib.contextmanager
+def replace_norms(
+    make: Make,
+    where: PathFilter = "",
+    *,
+    kind: type[nn.Module] | tuple[type[nn.Module], ...] = (nn.BatchNorm, BatchRenorm, Norm),
+) -> Iterator[None]:
+    """Within this context other normalizers stand in the place of a linen network's batch norms.
+
+        def loss(params, batch_stats, x):
+            with jaxbn.linen.replace_norms(jaxbn.group_norm(8)):
+                y = network.apply({"params": params, "batch_stats": batch_stats}, x, train=True)
+
+    Variables stand where those of the replaced norm stood. A checkpoint fits where names and shapes are the same, as
+    all are for `frozen`, and scale and bias for `group_norm`; `network.init` in the same context makes others. Modules
+    are replaced while they are traced: enter the context inside of a function that is jitted, not around its call.
+
+    Args:
+      make: the Normalizer for all of them; or a function that takes the one that stood there (see `normalizer_of`) and
+        returns the new one, such as `jaxbn.frozen`.
+      where: which of them, by path: a regular expression that is searched for in "Block_0/BatchNorm_1", or a function
+        of that path. All by default.
+      kind: classes of the modules that are replaced. One without modes, such as `nn.LayerNorm`, is called with
+        train=False.
+
+    Raises:
+      ValueError: at the end, where no norm was called that `where` chooses.
+      TypeError: make gives no Normalizer, or is a function and a module stands for no Normalizer.
+    """
+    chosen = Chosen(where)
+
+    def interceptor(call, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__" or not isinstance(module, kind) or isinstance(module, _InPlace):
+            return call(*args, **kwargs)
+        return (
+            _call_in_place(module, made_for(module, make), *args, **kwargs)
+            if chosen(module.path)
+            else call(*args, **kwargs)
+        )
+
+    with nn.intercept_methods(interceptor):
+        yield
+    chosen.check(" A function that was jitted before calls none: enter the context inside of it.")
+
+
+def _call_in_place(module, norm, x, use_running_average=None, **arguments):
+    in_module = getattr(module, "use_running_average", True)
+    use_running_average = nn.merge_param("use_running_average", in_module, use_running_average)
+    # The scope as it was before anything was read: a module may be called more than once.
+    return _InPlace(norm, parent=module.scope.rewound())(x, use_running_average, **arguments)

@@ -1,4 +1,8 @@
-"""Flax nnx modules: `BatchNorm`, which drops in for Flax's own, and `Norm`, which lifts any Normalizer."""
+"""Flax nnx modules: `BatchNorm`, which drops in for Flax's own, and `Norm`, which lifts any Normalizer.
+
+Beside them `BatchRenorm`, batch renormalization with Flax's names for arguments; `replace_norms`, which puts other
+normalizers into a finished model; and `normalizer_of`, the Normalizer that a module stands for.
+"""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
@@ -10,10 +14,14 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 
+from jaxbn._module_norm import Chosen, Make, made_for
+from jaxbn._module_norm import normalizer_of as normalizer_of
+from jaxbn._nnx_renorm import BatchRenorm as BatchRenorm
 from jaxbn._normalizer import Normalizer, OneDrawNormalizer
 from jaxbn._record import running_part
 from jaxbn._running import init_batch_stats
 from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask
+from jaxbn.variants._frozen import PathFilter
 
 Initializer = Callable[..., Any]
 Shaped = jax.Array | jax.ShapeDtypeStruct
@@ -136,6 +144,7 @@ class BatchNorm(nnx.BatchNorm):
         mask: jax.Array | None = None,
         weights: jax.Array | None = None,
         residual: jax.Array | None = None,
+        update: bool | None = None,
     ) -> jax.Array:
         """Normalize x: by the batch and moving the running statistics, or by these with use_running_average.
 
@@ -145,6 +154,7 @@ class BatchNorm(nnx.BatchNorm):
           mask: broadcastable to x: true where a value counts in the statistics.
           weights: real, broadcastable to x: how much each value counts.
           residual: of x's shape, added before the activation.
+          update: move the running statistics by x, whatever normalizes it; None is not use_running_average.
 
         Returns:
           y of x's shape.
@@ -153,6 +163,7 @@ class BatchNorm(nnx.BatchNorm):
           ValueError: use_running_average is None here and in the module; and as `jaxbn.batch_norm` raises.
         """
         use_running_average = _chosen(use_running_average, self.use_running_average)
+        update = not use_running_average if update is None else update
         variables = {name: getattr(self, name) for name in ("mean", "var", "weight") if hasattr(self, name)}
         stats = {name: variable.get_value() for name, variable in variables.items()}
         x, params, dtype = self._promoted(x, stats)
@@ -162,11 +173,12 @@ class BatchNorm(nnx.BatchNorm):
             x,
             train=not use_running_average,
             overrides={"dtype": dtype},
+            update=update,
             where=as_where(mask),
             weights=weights,
             residual=residual,
         )
-        if not use_running_average:
+        if update:
             jax.tree.map(_assign, variables, moved, is_leaf=_is_variable)
         return y
 
@@ -221,6 +233,7 @@ class Norm(nnx.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
+        update: bool | None = None,
         **arguments: Any,
     ) -> jax.Array:
         """Normalize x, moving `batch_stats` unless use_running_average.
@@ -229,6 +242,7 @@ class Norm(nnx.Module):
           x: what the normalizer takes.
           use_running_average: for this call, in place of the attribute.
           mask: another name for the normalizer's `where`, as `BatchNorm` has it.
+          update: move `batch_stats` by x, whatever normalizes it; None is not use_running_average.
           **arguments: for the normalizer's apply: where, weights, rng, residual, condition, step, ...
 
         Raises:
@@ -241,12 +255,13 @@ class Norm(nnx.Module):
             arguments["rng"] = self.rngs()
         trees = {"params": self.params, "batch_stats": self.batch_stats}
         variables = jax.tree.map(lambda variable: variable.get_value(), trees, is_leaf=_is_variable)
-        y, moved = self.norm.apply(variables, x, train=not use_running_average, **arguments)
-        if not use_running_average:
+        update = not use_running_average if update is None else update
+        y, moved = self.norm.apply(variables, x, train=not use_running_average, update=update, **arguments)
+        if update:
             jax.tree.map(_assign, self.batch_stats, moved, is_leaf=_is_variable)
         return y
 
-    def set_view(self, use_running_average: bool | None = None):
+    def set_view(self, use_running_average: bool | None = None) -> dict[str, Any]:
         """Called by `nnx.view` to set the mode of a view of the module.
 
         Args:
@@ -254,6 +269,7 @@ class Norm(nnx.Module):
         """
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        return {}  # Flax 0.12.4 asks for the arguments that were not used.
 
 
 def _chosen(in_call: bool | None, in_module: bool | None) -> bool:
@@ -280,3 +296,73 @@ def _is_variable(node) -> bool:
 def _assign(variable, value):
     # Assignment to [...] would keep the old dtype, and so lose the imaginary part of the first complex mean.
     variable.set_value(value)
+
+
+def replace_norms(
+    model: nnx.Module,
+    make: Make,
+    where: PathFilter = "",
+    *,
+    kind: type[nnx.Module] | tuple[type[nnx.Module], ...] = (nnx.BatchNorm, BatchRenorm, Norm),
+    rngs: nnx.Rngs | None = None,
+) -> nnx.Module:
+    """A copy of a model in which each batch norm is another normalizer, in a `Norm` of the same mode.
+
+        private = jaxbn.nnx.replace_norms(model, jaxbn.group_norm(8))
+        still = jaxbn.nnx.replace_norms(model, jaxbn.frozen, "backbone")
+
+    Variables of the same name and shape are taken over: all of them by `frozen`, scale and bias by `group_norm`. The
+    model itself stays as it is, and the copy shares no variables with it. A norm used in several
+    places stays one, and has the path at which it is met first.
+
+    Args:
+      model: the model, or a norm alone.
+      make: the Normalizer for all of them; or a function that takes the one that stood there (see `normalizer_of`) and
+        returns the new one, such as `jaxbn.frozen`.
+      where: which of them, by path: a regular expression that is searched for in "blocks/0/norm", or a function of that
+        path. All by default.
+      kind: classes of the modules that are replaced.
+      rngs: its "params" stream makes what is not taken over, and its "norm" stream is the new norms'; see `Norm`. None
+        is `nnx.Rngs(0)`.
+
+    Raises:
+      ValueError: no norm that `where` chooses, or one of which nothing says how many features it has.
+      TypeError: make gives no Normalizer, or is a function and a module stands for no Normalizer.
+    """
+    chosen, rngs = Chosen(where), nnx.Rngs(0) if rngs is None else rngs
+
+    def visit(path, node):
+        if not isinstance(node, kind) or not chosen(path):
+            return node
+        return _in_place_of(node, made_for(node, make), rngs)
+
+    replaced = nnx.recursive_map(visit, nnx.clone(model))
+    chosen.check()
+    return replaced
+
+
+def _in_place_of(old: nnx.Module, norm: Normalizer, rngs: nnx.Rngs) -> Norm:
+    held = _own_variables(old)
+    mode = getattr(old, "use_running_average", None)
+    new = Norm(norm, _features(old, held), use_running_average=mode, rngs=rngs)
+    for name, variable in _own_variables(new).items():
+        if name in held and held[name].shape == variable.shape:
+            variable.set_value(held[name].get_value())
+    return new
+
+
+def _own_variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """Params and statistics by the last name on their path."""
+    leaves = nnx.iter_graph(module)
+    return {str(path[-1]): v for path, v in leaves if isinstance(v, nnx.Param | nnx.BatchStat)}
+
+
+def _features(module: nnx.Module, held: dict[str, nnx.Variable]) -> int:
+    sizes = {v.shape for v in held.values() if v.ndim}
+    features = getattr(module, "num_features", next(iter(sizes))[-1] if len(sizes) == 1 else sizes)
+    if not isinstance(features, int | np.integer):
+        raise ValueError(
+            f"a {type(module).__name__} with features of shape {features} cannot be replaced; expected one axis of"
+            " features. Leave it out with where=, and put a module of your own in its place."
+        )
+    return int(features)

@@ -50,6 +50,7 @@ def _around(wrap):
 
 
 CLASSES = np.array([0, 2, 1, 0, 2, 2, 1, 0], np.int32)
+GRAPHS = np.array([0, 1, 0, 2, 2, 1, 2, 0], np.int32)
 DOMAINS = np.array([0, 1, 0, 1, 0, 1, 0, 1], np.int32)
 VECTORS = np.random.default_rng(1).normal(size=(8, 5)).astype(np.float32)
 _SMOOTH = {"activation": jnp.tanh}  # Finite differences say what the derivative is.
@@ -61,6 +62,9 @@ CASES: dict[str, Case] = {
     "batch_norm, other axis": Case(_shared(jaxbn.batch_norm, feature_axis=1, unbiased=True, use_bias=False)),
     "identity": _alone(jaxbn.identity),
     "ghost_batch_norm": Case(_shared(variants.ghost_batch_norm, group_size=2), takes_groups=False),
+    "ghost_batch_norm, shuffled": Case(
+        _shared(variants.ghost_batch_norm, group_size=2, shuffle=True), {"rng": KEY}, takes_groups=False
+    ),
     "batch_renorm": Case(_shared(variants.batch_renorm, r_max=1.1, d_max=0.2), differentiates=False),
     "batch_renorm, the paper's limits": Case(_shared(variants.batch_renorm, decay=None, **_SMOOTH)),
     "virtual_batch_norm": Case(
@@ -81,6 +85,8 @@ CASES: dict[str, Case] = {
     "stochastic_batch_norm, drawn": Case(_shared(variants.stochastic_batch_norm, bank_size=2), {"rng": KEY}),
     "mean_only_batch_norm": Case(_shared(variants.mean_only_batch_norm)),
     "recurrent_batch_norm": Case(_shared(variants.recurrent_batch_norm, max_length=3), {"step": np.int32(1)}),
+    "running_norm": Case(_shared(variants.running_norm), takes_groups=False, differentiates=False),
+    "graph_norm": Case(_shared(variants.graph_norm, num_segments=4), {"segment_ids": GRAPHS}, takes_groups=False),
     "layer_norm": _alone(variants.layer_norm),
     "layer_norm, positions too": _alone(variants.layer_norm, axis=(1, 2), feature_axis=-1),
     "instance_norm": _alone(variants.instance_norm),
@@ -99,6 +105,7 @@ AGAIN = {
     "batch_renorm, the paper's limits",
     "split_batch_norm, one domain",
     "stochastic_batch_norm, drawn",
+    "ghost_batch_norm, shuffled",
     "layer_norm, positions too",
     "whitening_norm, Newton",
     "conditional_batch_norm, vectors",

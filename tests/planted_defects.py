@@ -69,6 +69,10 @@ class Textbook:
 
     # ---- the rest
 
+    def switches(self, train, use_running, update):
+        """Whether the running statistics normalize, and whether they move."""
+        return not train if use_running is None else use_running, train if update is None else update
+
     def start(self, shape, dtype):
         return {"mean": jnp.zeros(shape, dtype), "var": jnp.ones(shape, dtype)}
 
@@ -102,16 +106,15 @@ def factory(kind):
             params = {"scale": jnp.ones(shape, dtype), "bias": jnp.zeros(shape, dtype)}
             return {"params": params, "batch_stats": book.start(shape, dtype)}
 
-        def apply(variables, x, *, train, where=None, weights=None):
+        def apply(variables, x, *, train, use_running=None, update=None, where=None, weights=None):
             params, stats, dtype = variables["params"], variables["batch_stats"], x.dtype
             x = book.padded(book.widened(x), where)
             w = jnp.ones_like(x) if where is None else jnp.broadcast_to(where, x.shape).astype(x.dtype)
             w = w if weights is None else w * jnp.broadcast_to(weights, x.shape)
-            if train:
-                y, stats = book.train(x, w, stats, params)
-            else:
-                y = book.evaluate(x, stats, params, w)
-            return y.astype(dtype), stats
+            use_running, update = book.switches(train, use_running, update)
+            y, moved = book.train(x, w, stats, params) if update or not use_running else (None, stats)
+            y = book.evaluate(x, stats, params, w) if use_running else y
+            return y.astype(dtype), moved if update else stats
 
         return jaxbn.Normalizer(init, apply)
 
@@ -421,6 +424,14 @@ class TrainsAsItEvaluates(Textbook):
     def train(self, x, w, stats, params):
         _, moved = super().train(x, w, stats, params)
         return self.evaluate(x, stats, params, w), moved
+
+
+class SwitchesTiedTogether(Textbook):
+    """Moves its statistics wherever it normalizes by the batch, as Flax's layers do."""
+
+    def switches(self, train, use_running, update):
+        use_running, _ = super().switches(train, use_running, update)
+        return use_running, not use_running
 
 
 class StartsFromWeakTypes(Textbook):

@@ -74,6 +74,8 @@ def test_low_precision_in_gives_low_precision_out_and_float32_statistics(name, d
 
 
 WHERE = np.arange(SHAPE[0])[:, None, None] < 6
+# Whether the running statistics normalize, and whether they move.
+SWITCHES = [(use_running, update) for use_running in (False, True) for update in (False, True)]
 LIKE_X = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
 
 
@@ -90,15 +92,18 @@ def observed(name):
         variables = {"params": r.variables["params"], "batch_stats": batch_stats}
         return r.norm.apply(variables, x, train=True, **r.arguments, **batch)
 
-    def linen(x):
-        y, moved = module.apply(variables, x, use_running_average=False, mutable="batch_stats", **r.arguments)
-        evaluated = module.apply(variables, x, use_running_average=True, **r.arguments)
-        return y, moved.get("batch_stats", {}), evaluated
+    def switched(x, use_running, update):
+        return r.norm.apply(r.variables, x, train=not update, use_running=use_running, update=update, **r.arguments)
 
-    def by_nnx(state, x):
-        module = nnx.merge(graph, state)
-        evaluated, y = module(x, use_running_average=True, **r.arguments), module(x, **r.arguments)
-        return y, jax.tree.map(lambda v: v[...], module.batch_stats, is_leaf=_is_variable), evaluated
+    def linen(x, use_running, update):
+        arguments = dict(use_running_average=use_running, update=update, **r.arguments)
+        y, moved = module.apply(variables, x, mutable="batch_stats", **arguments)
+        return y, moved.get("batch_stats", {})
+
+    def by_nnx(state, x, use_running, update):
+        module = nnx.merge(graph, state, copy=True)
+        y = module(x, use_running_average=use_running, update=update, **r.arguments)
+        return y, jax.tree.map(lambda v: v[...], module.batch_stats, is_leaf=_is_variable)
 
     def shard(x, arguments):
         return norm.apply(r.variables, x, train=True, **arguments, **rest)
@@ -115,8 +120,9 @@ def observed(name):
             "masked": jax.lax.map(masked, jnp.stack([x, jnp.where(WHERE, x, jnp.nan)])),
             "weighted": train(stats, x, weights=WHERE.astype(np.int32)),
             "sharded": jax.vmap(shard, axis_name="shards")(*parts),
-            "linen": linen(x),
-            "nnx": by_nnx(state, x),
+            "switched": [switched(x, *both) for both in SWITCHES],
+            "linen": [linen(x, *both) for both in SWITCHES],
+            "nnx": [by_nnx(state, x, *both) for both in SWITCHES],
         }
 
     return program(state, draw(), draw(1))
@@ -225,11 +231,20 @@ def test_nnx_shell_has_the_variables_of_the_normalizer(name):
 
 
 @run
-@pytest.mark.parametrize("shell", ["linen", "nnx"])
-def test_shell_computes_what_the_normalizer_does(name, shell):
-    y, batch_stats, evaluated = observed(name)[shell]
-    assert_trees_equal((y, batch_stats), trained(name), **ROUNDED)
-    np.testing.assert_allclose(evaluated, observed(name)["evaluated"][0], **ROUNDED)
+@pytest.mark.parametrize("call", ["switched", "linen", "nnx"])
+def test_what_normalizes_is_chosen_apart_from_what_moves_in_the_shells_too(name, call):
+    by_batch, moved = trained(name)
+    ys, stats = (by_batch, observed(name)["evaluated"][0]), (ready(name).variables["batch_stats"], moved)
+    for (use_running, update), (y, after) in zip(SWITCHES, observed(name)[call], strict=True):
+        np.testing.assert_allclose(y, ys[use_running], **ROUNDED)
+        assert_trees_equal(after, stats[update], **(ROUNDED if update else {}))
+
+
+@every
+@pytest.mark.parametrize("switch", ["use_running", "update"])
+def test_a_switch_that_is_not_a_bool_is_refused(name, switch):
+    with pytest.raises(TypeError, match=f"{switch}=.*True or False"):
+        jax.eval_shape(lambda s: ready(name).norm.apply(ready(name).variables, draw(), train=True, **{switch: s}), True)
 
 
 @run

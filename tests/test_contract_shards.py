@@ -19,8 +19,8 @@ ROUNDED = {"rtol": 2e-5, "atol": 2e-5}
 SPLIT = [name for name, case in CASES.items() if case.splits]
 
 
-def compiling(names):
-    marked = [pytest.param(name, marks=pytest.mark.slow if name in AGAIN else ()) for name in names]
+def compiling(names, slow=AGAIN):
+    marked = [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
     return pytest.mark.parametrize("name", marked)
 
 
@@ -92,7 +92,10 @@ def test_shards_equal_one_device(name, masked):
     assert_alike(name, None, masked)
 
 
-@compiling([name for name in SPLIT if CASES[name].takes_groups])
+GROUPED = [name for name in SPLIT if CASES[name].takes_groups]
+
+
+@compiling(GROUPED, slow=set(GROUPED) - {"batch_norm", "batch_renorm", "whitening_norm"})
 @pytest.mark.parametrize("masked", [False, True])
 def test_groups_of_shards_equal_one_device_each_and_pool_running_statistics(name, masked):
     assert_alike(name, GROUPS, masked)

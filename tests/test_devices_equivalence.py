@@ -75,11 +75,10 @@ FULL = [case for case in itertools.product(NAMED, SPREADS, MASKS, DEVICES) if ex
 
 
 def few(cases):
-    """Few cases with all the (scope, spread, devices) of the given ones, and all their pairs of a mask and any."""
+    """Few cases with all the pairs of the given ones."""
 
     def held(case):
-        scope, spread, mask, devices = case
-        return {(scope, spread, devices), (mask, scope), (mask, spread), (mask, devices)}
+        return set(itertools.combinations(enumerate(case), 2))
 
     missing, chosen = set().union(*map(held, cases)), []
     while missing:

@@ -14,7 +14,9 @@ from normalizers import AGAIN, CASES, DOMAINS, KEY, QUICK, draw, ready
 import jaxbn
 from jaxbn import training
 
-EACH = pytest.mark.parametrize("name", CASES)
+EACH = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in AGAIN else ()) for name in CASES]
+)
 # Those whose running statistics are no moments of their input.
 UNRECORDED = ("virtual_batch_norm", "whitening_norm")
 ROUNDING = dict(rtol=1e-5, atol=1e-5)  # Float32 sums of some dozen terms, in another order under each compilation.
@@ -100,9 +102,7 @@ def test_the_nnx_module_computes_what_the_normalizer_does(name):
     assert_close(at_test_time, case.evaluate(case.variables, draw(), **case.arguments)[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "microbatches"), [(name, 1) for name in CASES] + [(name, 2) for name in CASES if name not in AGAIN]
-)
+@pytest.mark.parametrize(("name", "microbatches"), [(name, n) for n in (1, 2) for name in CASES if name not in AGAIN])
 def test_a_network_with_any_of_them_trains(name, microbatches):
     _, variables = linen_network(name)
     optimizer, mesh = optax.sgd(1e-3), jax.make_mesh((1,), ("data",))
@@ -152,7 +152,7 @@ def population(name):
 
 @pytest.mark.parametrize(
     ("name", "layer_by_layer"),
-    [(name, True) for name in CASES] + [(name, False) for name in CASES if name not in AGAIN],
+    [(name, one) for one in (True, False) for name in CASES if name not in AGAIN],
 )
 def test_population_statistics_of_any_of_them(name, layer_by_layer):
     case = ready(name)

@@ -89,7 +89,8 @@ def test_a_table_in_markdown():
     assert to_markdown(TABLE) == f"**Accuracy**\n\n{shown}\n\nn = 2"
 
 
-def test_both_reports_have_question_verdict_table_picture_criterion_and_origin(tmp_path):
+def test_both_reports_have_question_verdict_table_picture_criterion_and_origin(tmp_path, monkeypatch):
+    declared(monkeypatch, citation="", answer="", reader_questions={})
     finished_run(tmp_path, [verdict(HELD)], protocol=PROTOCOL)
     markdown, page = texts_of(tmp_path)
     for text in (markdown, plain(page)):
@@ -316,7 +317,7 @@ def test_the_report_is_the_same_when_built_again(tmp_path):
 
 
 def declared(monkeypatch, **fields):
-    """Let the experiments declare more than they do: fields of `Experiment`, for all of them."""
+    """Let the experiments declare other things than they do: fields of `Experiment`, for all of them."""
     load = registry.load
 
     def more(name):
@@ -326,7 +327,8 @@ def declared(monkeypatch, **fields):
     monkeypatch.setattr(registry, "load", more)
 
 
-def test_parts_that_no_experiment_declares_are_left_out(tmp_path):
+def test_parts_that_no_experiment_declares_are_left_out(tmp_path, monkeypatch):
+    declared(monkeypatch, citation="", answer="", reader_questions={})
     finished_run(tmp_path, [verdict(HELD)])
     for text in both(tmp_path):
         assert "contradict" not in text

@@ -14,6 +14,7 @@ import pytest
 import jaxbn
 
 MODULES = ["convert", "diagnostics", "linen", "nnx", "testing", "training", "variants"]
+OTHERS = ["equinox", "haiku"]  # Of libraries that need not be installed.
 PRELUDE = "import sys, jaxbn\n"
 
 
@@ -43,13 +44,19 @@ def test_a_module_that_cannot_be_imported_says_why():
     assert "hypothesis" in missing.stderr
 
 
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_library_that_is_not_installed_says_which(name):
+    missing = run(f"sys.modules['{name}'] = None\nassert not hasattr(jaxbn, '{name}')\njaxbn.{name}")
+    assert f"AttributeError: jaxbn.{name} cannot be imported: import of {name} halted" in missing.stderr
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'jaxbn' has no attribute 'batchnorm'"):
         jaxbn.batchnorm  # noqa: B018
 
 
 def test_dir_lists_modules_and_version():
-    assert {*MODULES, "__version__", "batch_norm"} <= set(dir(jaxbn))
+    assert {*MODULES, *OTHERS, "__version__", "batch_norm"} <= set(dir(jaxbn))
 
 
 def test_public_names_are_functions_and_classes_and_no_modules():
@@ -60,7 +67,7 @@ def test_the_docstring_is_a_complete_table_of_contents():
     contents = jaxbn.__doc__.split("The type that every normalizer has")[1]
     words = set(re.findall(r"[A-Za-z]\w+", contents))
     assert public_names() <= words
-    assert set(re.findall(r"jaxbn\.(\w+) ", contents)) <= set(MODULES)
+    assert set(re.findall(r"jaxbn\.(\w+) ", contents)) <= {*MODULES, *OTHERS}
     assert {word for word in words if "_" in word} <= public_names()
 
 

@@ -9,19 +9,8 @@ import xarray as xr
 import jaxbn
 from experiments import rank
 from experiments.training import data, loop
-from experiments.training.towers import (
-    BATCH,
-    BROKEN,
-    BY_BATCH,
-    CHAINS,
-    CONSTANT,
-    NONE,
-    PLAIN,
-    STARTED,
-    deeper,
-    switched,
-    task,
-)
+from experiments.training.random_chains import BROKEN, CHAINS, PLAIN, deeper, rank_and_bound
+from experiments.training.towers import BATCH, BY_BATCH, CONSTANT, NONE, STARTED, switched, task
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (16, 3)).astype(np.float32)
 
@@ -94,6 +83,13 @@ def test_a_chain_whose_units_have_all_died_stays_at_zero():
         keys = jax.vmap(jax.random.key)(jnp.arange(1))
         h = deeper(CHAINS.index(PLAIN), 1, keys, jnp.zeros((1, 4, 4)), 0, 2)
     np.testing.assert_array_equal(h, np.zeros((1, 4, 4)))
+
+
+def test_rank_and_bound_of_known_singular_values():
+    matrices = np.stack([np.diag([3.0, 1.0, 1e-4, 1e-6]), np.zeros((4, 4))])
+    ranks, bounds = rank_and_bound(matrices)
+    np.testing.assert_array_equal(ranks, [3, 0])
+    np.testing.assert_allclose(bounds, [100 / 82, 0], rtol=1e-6)
 
 
 def test_exponent_of_square_roots_is_a_half():

@@ -11,6 +11,7 @@ from experiments.framework import report
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 READMES = [README, *sorted(ROOT.glob("jaxbn/**/README.md")), *sorted(ROOT.glob("experiments/**/README.md"))]
+READMES += sorted(ROOT.glob("jaxbn/RECIPES*.md"))
 names = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 
 

@@ -78,6 +78,7 @@ DEFECTS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "TrainsWithTheRunningVariance": ({"train_ignores_running", "scale_invariance", "weight_scale_invariance"}, ANY),
     "TrainsAsItEvaluates": ({"train_couples_examples", "shift_invariance"}, ANY),
+    "SwitchesTiedTogether": ({"switches_are_independent"}, set()),
     "StatisticsChangeDtype": ({"statistics_keep_structure", "no_retrace"}, {"running_closed_form"}),
     "StartsFromWeakTypes": ({"no_retrace"}, set()),
     # At test time

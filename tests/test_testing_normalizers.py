@@ -18,6 +18,7 @@ from jaxbn import variants
 # Laws of state and modes, for normalizers whose output is not standardized.
 STATE = (
     laws.statistics_keep_structure,
+    laws.switches_are_independent,
     laws.running_statistics_get_no_gradient,
     laws.updated_statistics_are_constants,
     laws.eval_treats_examples_independently,
@@ -58,6 +59,10 @@ def first_class(shape):
     return {"condition": np.zeros(shape[0], np.int32)}
 
 
+def one_graph(shape):
+    return {"segment_ids": np.zeros(shape[0], np.int32)}
+
+
 def vectors(shape):
     return {"condition": np.ones((shape[0], 5), np.float32)}
 
@@ -87,6 +92,11 @@ LISTED: dict[str, Listed] = {
         excused={
             "permutation_equivariance": "which examples share a group depends on their order",
         },
+    ),
+    "ghost_batch_norm, shuffled": Listed(
+        variants.ghost_batch_norm(group_size=2, shuffle=True),
+        {"arguments": {"rng": jax.random.key(0)}},
+        only=STATE,
     ),
     "batch_renorm, the paper's limits": _listed(variants.batch_renorm),
     "batch_renorm": Listed(variants.batch_renorm(r_max=1.1, d_max=0.2), only=STATE),
@@ -122,6 +132,8 @@ LISTED: dict[str, Listed] = {
     "recurrent_batch_norm": _listed(
         variants.recurrent_batch_norm, given={"max_length": 3}, arguments={"step": np.int32(1)}
     ),
+    "running_norm": Listed(variants.running_norm(), only=STATE),
+    "graph_norm": Listed(variants.graph_norm(1), {"arguments": one_graph, "scope": laws.BATCH}),
     "layer_norm": Listed(variants.layer_norm(), {"scope": laws.LAYER, "features": 4}),
     "instance_norm": Listed(variants.instance_norm(), {"scope": laws.INSTANCE, "ranks": (4,)}),
     "group_norm": Listed(variants.group_norm(num_groups=2), {"scope": laws.group(2), "features": 4}),

@@ -122,12 +122,12 @@ def test_training_does_not_depend_on_the_number_of_devices(devices):
     assert_same_training(trained("shard_map", devices=devices), trained("shard_map"))
 
 
-@pytest.mark.parametrize("spread", ["shard_map", "pmap"])
+@pytest.mark.parametrize("spread", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_many_steps_in_one_dispatch_train_as_one_by_one(spread):
     assert_same_training(trained(spread, scan=True), trained(spread))
 
 
-@pytest.mark.parametrize("spread", ["shard_map", "pmap"])
+@pytest.mark.parametrize("spread", ["shard_map", pytest.param("pmap", marks=pytest.mark.slow)])
 def test_microbatches_train_alike_however_they_are_spread(spread):
     assert_same_training(trained(spread, microbatches=2), trained("jit", microbatches=2))
 
@@ -240,7 +240,7 @@ def test_a_state_that_was_consumed_is_refused(spread):
         step(first, FIRST, KEY)
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("spread", ["shard_map", *(pytest.param(s, marks=pytest.mark.slow) for s in ("jit", "pmap"))])
 def test_without_donation_a_state_can_be_used_again(spread):
     step, place, fetch = standard(spread, donate=False)
     first = place(start())
@@ -285,9 +285,9 @@ def plain_loss(norm, variables, batch, rng):
 @pytest.mark.parametrize(
     ("norm", "module"),
     [
-        (jaxbn.batch_norm(), jaxbn.nnx.BatchNorm),
+        pytest.param(jaxbn.batch_norm(), jaxbn.nnx.BatchNorm, marks=pytest.mark.slow),
         (jaxbn.batch_norm(), functools.partial(jaxbn.nnx.Norm, jaxbn.batch_norm())),
-        (jaxbn.layer_norm(), functools.partial(jaxbn.nnx.Norm, jaxbn.layer_norm())),
+        pytest.param(jaxbn.layer_norm(), functools.partial(jaxbn.nnx.Norm, jaxbn.layer_norm()), marks=pytest.mark.slow),
     ],
     ids=["BatchNorm", "Norm", "Norm of layer_norm"],
 )

@@ -4,6 +4,7 @@
 of it is at the end of this file.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import xarray as xr
 from jax import Array
 
 import jaxbn
@@ -115,6 +117,28 @@ def trained(arm: Arm, own: Drawn, steps: int, rate: float) -> Array:
         return jax.tree.map(lambda w, g: w - rate * g, weights, gradient), log_mean_square(by_layer)
 
     return jax.lax.scan(step, (own.first, own.kernels), length=steps + 1)[1]
+
+
+def flows(
+    arms: Mapping[str, Arm],
+    digits: data.Dataset,
+    seeds: Sequence[int],
+    depth: int,
+    width: int,
+    batch: int,
+    *,
+    measure: Callable[[Arm, Drawn], Array] = flow,
+    dtype: type = jnp.float32,
+) -> xr.DataArray:
+    """`measure(arm, drawn)` of every arm and seed: [seed, arm, layer], or [seed, arm, step, layer] of `trained`."""
+    found = []
+    for seed in seeds:
+        own = drawn(digits, seed, depth, width, batch, dtype)
+        found.append([measure(arm, own) for arm in arms.values()])
+    values = np.asarray(jax.device_get(found), np.float64)
+    axes = ("seed", "arm", *(["step"] if values.ndim == 4 else []), "layer")
+    numbers = dict(zip(axes, map(range, values.shape), strict=True))
+    return xr.DataArray(values, numbers | {"seed": list(seeds), "arm": list(arms), "layer": 1 + np.arange(depth)}, axes)
 
 
 def probes_of(own: Drawn) -> Array:

@@ -1,6 +1,6 @@
-"""Networks of many layers that differ in how they start: chains of thousands of random layers, and towers to train.
+"""Deep networks that differ in how they start, and what is seen of them there.
 
-The towers' arms differ in their initial variables alone, so that one program trains them all.
+The arms differ in their initial variables alone, so that one program trains them all.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,45 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import xarray as xr
 from jax import Array
 
 import jaxbn
 from experiments.training import data, loop, models
+from experiments.training.random_chains import BATCH, BROKEN, PLAIN
 from jaxbn.diagnostics import TappedLoss, gradient_flow
 from jaxbn.training import LossOutput
 
-PLAIN, HE, BATCH, BROKEN, STARTED = ARMS = (
-    "plain",
-    "plain, He's weights",
-    "batch norm",
-    "broken batch norm",
-    "normalized at the start only",
-)
+HE, STARTED = "plain, He's weights", "normalized at the start only"
+ARMS = (PLAIN, HE, BATCH, BROKEN, STARTED)
 NONE, BY_BATCH, CONSTANT = range(3)
 NORMS = {PLAIN: NONE, HE: NONE, BATCH: BY_BATCH, BROKEN: BY_BATCH, STARTED: CONSTANT}
-CHAINS = (PLAIN, BATCH, BROKEN)
-ACTIVATIONS = {"linear": lambda h: h, "ReLU": jax.nn.relu}
 DEPTHS = (2, 8, 16, 32)
-NEGLIGIBLE = 1e-250  # in float64 it does no more than avoid dividing by zero, where every unit has died
-
-
-@jax.jit
-def deeper(arm: int, activation: int, keys: Array, h: Array, first: int, last: int) -> Array:
-    """Layers `first` to `last - 1` of one of CHAINS for every key; h: [keys, examples, units] in float64."""
-
-    def layer(key: Array, number: int, h: Array) -> Array:
-        draw = jax.random.uniform(jax.random.fold_in(key, number), h.shape[-1:] * 2, jnp.float32).astype(h.dtype)
-        h = h @ jnp.where(arm == CHAINS.index(BROKEN), draw, 2 * draw - 1)
-        # Without normalization the size is taken out as a whole: it has no bearing on the rank.
-        plain = h / jnp.sqrt(jnp.mean(h**2) + NEGLIGIBLE)
-        h = jnp.where(arm == CHAINS.index(PLAIN), plain, jaxbn.batch_normalize(h, axis=0, epsilon=NEGLIGIBLE)[0])
-        return jax.lax.switch(activation, list(ACTIVATIONS.values()), h)
-
-    def chain(own: tuple[Array, Array]) -> Array:
-        key, h = own
-        return jax.lax.fori_loop(first, last, partial(layer, key), h)
-
-    return jax.lax.map(chain, (keys, h))
 
 
 def uniform_weights(broken: bool) -> models.Weights:
@@ -156,8 +131,20 @@ def tapped(width: int) -> TappedLoss:
     return loss
 
 
+def starts(name: str, width: int, seeds: Sequence[int]) -> xr.Dataset:
+    """Every network at the start, on 128 digits: `rank`, `bound` and `gradients` [arm, seed, depth].
+
+    rank and bound (sum s^2)^2 / sum s^4 are those of the last hidden layer, from its singular values s; gradients is
+    |gradient| / |weights| of the first layer over that of the last one.
+    """
+    axes = {"arm": list(ARMS), "seed": list(seeds), "depth": list(map(float, DEPTHS))}
+    values = np.reshape([start_of(name, width, arm, seeds) for arm in ARMS], (*map(len, axes.values()), 3))
+    names = enumerate(("rank", "bound", "gradients"))
+    return xr.Dataset({figure: (tuple(axes), values[..., number]) for number, figure in names}, axes)
+
+
 def start_of(name: str, width: int, arm: str, seeds: Sequence[int]) -> list[list[float]]:
-    """Of every network of an arm at the start: the last hidden layer's rank, its bound, gradients first over last."""
+    """The three figures of `starts` for every network of an arm, seed after seed."""
     digits, found = data.load(name), []
     runs = [{"seed": seed, "depth": depth, "rate": 0.0} for seed in seeds for depth in DEPTHS]
     begin = jax.vmap(partial(loop.init_run, task(name, width, arm), jnp.asarray(digits.test_images)))

@@ -61,6 +61,7 @@ from jaxbn.testing._laws_running import (
     folding_keeps_function,
     running_closed_form,
     statistics_keep_structure,
+    switches_are_independent,
     train_couples_examples,
     train_ignores_running,
 )

@@ -106,6 +106,29 @@ def statistics_keep_structure(subject, x):
     require(not any(jax.tree.leaves(unequal)), "evaluation changed batch_stats")
 
 
+@law(
+    statement="use_running chooses which statistics normalize, update whether they move, whatever train says",
+    bound=f"twice {SLACK}; statistics that do not move are equal, others within 4 (n + 8) u of their size",
+    source="mlcommons/algorithmic-efficiency, specification: use_running_average_bn and update_batch_norm",
+    inputs=lambda s: {"x": values(s.shapes[0]), "before": values(s.shapes[0])},
+    needs=("running", "test mode", "switches"),
+    examples=0.2,
+    promise=True,
+)
+def switches_are_independent(subject, x, before):
+    variables = subject.trained(before)
+    by_batch, moved = subject.run(x, variables=variables)
+    ys = {False: by_batch, True: subject.evaluate(x, variables)}
+    stats = {False: variables["batch_stats"], True: moved}
+    n, peak = subject.scope.size(x.shape), max(np.abs(x).max(), np.abs(before).max(), 1)
+    bounds_of = {False: 0, True: 4 * (n + 8) * FLOAT32 * peak**2}
+    for (use_running, update), (y, after) in subject.run_switched(variables, x).items():
+        what = f"with use_running={use_running}, update={update}"
+        agree(ys[use_running], y, 2 * subject.output_bound(x) + 64 * FLOAT32 * np.abs(ys[use_running]), f"y {what}")
+        for a, b in zip(jax.tree.leaves(stats[update]), jax.tree.leaves(after), strict=True):
+            agree(a, b, bounds_of[update] + 0 * np.abs(a), f"batch_stats {what}")
+
+
 def _described(tree):
     leaves, structure = jax.tree.flatten(tree)
     return [(np.shape(leaf), str(np.asarray(leaf).dtype)) for leaf in leaves], str(structure)

@@ -22,6 +22,7 @@ NEEDS = {
     "batch": "statistics over the batch",
     "running": "running statistics",
     "test mode": "a test mode",
+    "switches": "both switches of a call (use_running=, update=)",
     "where": "a mask (where=)",
     "weights": "weights (weights=)",
     "scale": "a scale among its params",
@@ -204,14 +205,14 @@ class Layer:
         features = np.shape(x)[-1]
         return as_float64(dx), _row(dparams, _SCALE_NAMES, features), _row(dparams, _BIAS_NAMES, features)
 
-    def call(self, variables, x, *, train=True, where=None, weights=None, norm=None, features_first=False):
+    def call(self, variables, x, *, train=True, where=None, weights=None, norm=None, features_first=False, **switches):
         """Apply, as a traceable function of [batch, ..., features] -> (y, batch_stats)."""
         extra = {k: v for k, v in (("where", where), ("weights", weights)) if v is not None}
         axis = 1 if features_first else self.feature_axis
         moved = {k: jnp.moveaxis(v, -1, axis) for k, v in extra.items()}
         norm = self.norm if norm is None else norm
         arguments = moved | dict(self._arguments(x.shape))
-        y, batch_stats = norm.apply(variables, jnp.moveaxis(x, -1, axis), train=train, **arguments)
+        y, batch_stats = norm.apply(variables, jnp.moveaxis(x, -1, axis), train=train, **switches, **arguments)
         return jnp.moveaxis(y, axis, -1), batch_stats
 
     def _arguments(self, shape):
@@ -227,6 +228,17 @@ class Layer:
             )
 
         return {train: make(train) for train in (True, False)}
+
+    @functools.cached_property
+    def run_switched(self) -> Callable:
+        """Function of (variables, x) -> {(use_running, update): (y, batch_stats)}, for all four."""
+        both = [(use_running, update) for use_running in (False, True) for update in (False, True)]
+
+        def run(variables, x):
+            # The mode that train= asks for is the opposite of both, so that nothing comes of it.
+            return {(a, b): self.call(variables, x, train=a and not b, use_running=a, update=b) for a, b in both}
+
+        return self.compiled(run)
 
     @functools.cached_property
     def _pulls(self):

@@ -65,7 +65,7 @@ def _adapted(norm: Any, options: Mapping[str, Any]) -> Subject:
         return Subject(norm, **options)
     for package, adapt in (("flax", flax), ("haiku", haiku), ("equinox", equinox), ("torch", torch)):
         if package in sys.modules and (subject := adapt(norm, **options)) is not None:
-            return subject
+            return _with(subject, {"lacks": {**subject.lacks, "switches": "a module's call is asked for one mode"}})
     if not callable(norm):
         raise TypeError(
             f"{norm!r} is no Normalizer, module or function; expected one of them, such as jaxbn.batch_norm() or"

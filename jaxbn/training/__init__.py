@@ -38,8 +38,11 @@ by this trace alone:
     state = init_state({"params": params, "batch_stats": batch_stats}, optimizer)
     ...
     nnx.update(model, state.params, state.batch_stats)     # the trained values back into the model
+
+Averages of params (EMA, SWA) are kept by the optimizer: see `averaging`.
 """
 
+from jaxbn.training._average import AverageState, averaged_variables, averaging
 from jaxbn.training._build import Step, jit_step, pmap_step, shard_map_step
 from jaxbn.training._place import replicate, replicate_for_pmap, shard_batch, unreplicate
 from jaxbn.training._state import LossOutput, TrainState, init_state
@@ -56,6 +59,10 @@ __all__ = [
     "pmap_step",
     "Step",
     "nonfinite_parts",
+    # Averaged params
+    "averaging",
+    "averaged_variables",
+    "AverageState",
     # Placing batches and states on devices
     "shard_batch",
     "replicate",

@@ -4,6 +4,7 @@ from jaxbn.variants._conditional import conditional_batch_norm
 from jaxbn.variants._filter_response import filter_response_norm
 from jaxbn.variants._frozen import frozen, keep_at, path_mask, stop_gradient_at
 from jaxbn.variants._ghost import ghost_batch_norm
+from jaxbn.variants._graph import graph_norm
 from jaxbn.variants._group import group_norm
 from jaxbn.variants._instance import instance_norm
 from jaxbn.variants._inverse_root import inverse_square_root, newton_inverse_square_root
@@ -11,6 +12,7 @@ from jaxbn.variants._layer import layer_norm
 from jaxbn.variants._lstm import LSTMCarry, RecurrentCell, batch_norm_lstm
 from jaxbn.variants._mean_only import mean_only_batch_norm
 from jaxbn.variants._noisy import noisy
+from jaxbn.variants._observations import running_norm
 from jaxbn.variants._predecessors import penalty, renormalize_after_step
 from jaxbn.variants._recurrent import recurrent_batch_norm
 from jaxbn.variants._renorm import batch_renorm, paper_d_max, paper_r_max
@@ -32,6 +34,10 @@ __all__ = [
     "stochastic_batch_norm",
     "mean_only_batch_norm",
     "recurrent_batch_norm",
+    # Statistics of all batches so far
+    "running_norm",
+    # Statistics of each graph
+    "graph_norm",
     # Statistics of each example
     "layer_norm",
     "instance_norm",

@@ -17,6 +17,8 @@ PathFilter = str | Callable[[str], bool]
 def frozen(norm: Normalizer, *, freeze_params: bool = False) -> Normalizer:
     """A normalizer that stays at its running statistics: `train=True` computes what `train=False` does.
 
+    So do `use_running` and `update`, whatever they say: nothing normalizes by the batch, and nothing moves.
+
     params and batch_stats are those of `norm`, so that a checkpoint of a network built with `norm` fits one built with
     frozen(norm). It is what detection networks do that are fine-tuned on few images a device (He et al. 2016, appendix
     A). A normalizer without running state is not changed but for its params.
@@ -59,14 +61,14 @@ def path_mask(tree: Any, path_filter: PathFilter) -> Any:
     """
     chosen = path_filter if callable(path_filter) else lambda path: re.search(path_filter, path) is not None
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    names = [_name(path) for path, _ in leaves]
+    names = [path_name(path) for path, _ in leaves]
     mask = [bool(chosen(name)) for name in names]
     if names and not any(mask):
         raise ValueError(f"path_filter={path_filter!r} chooses none of the paths, which are {names}.")
     return jax.tree.unflatten(treedef, mask)
 
 
-def _name(path) -> str:
+def path_name(path) -> str:
     """The names on the way to a leaf, joined by "/"."""
     # Variables of nnx and boxed values of linen hold their array in an attribute of this name.
     path = path[:-1] if path and path[-1] == jax.tree_util.GetAttrKey("value") else path

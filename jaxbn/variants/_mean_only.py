@@ -91,9 +91,9 @@ def mean_only_batch_norm(
         c = silenced(centered(x, axis_group.select_group(rows), axes), weights)
         return finish(c, bias, residual, x), over_all_groups(lax.stop_gradient(rows), axis_group)
 
-    def _update(batch_stats, moments):
+    def _update(batch_stats, measured):
         # The variance is not used, so a variance that overflows must not make the batch be refused.
-        moments = Moments(moments.count, moments.mean, jnp.zeros_like(moments.var))
+        moments = Moments(measured.count, measured.mean, jnp.zeros_like(measured.var))
         return update_batch_stats(batch_stats, moments, decay=decay, skip_nonfinite=skip_nonfinite)
 
     measuring = MeasuringNormalizer(init, train, evaluate)

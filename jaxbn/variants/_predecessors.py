@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from jaxbn._checks import checked_epsilon
 from jaxbn._inputs import along, canonical_axes
-from jaxbn._measure import moments
 from jaxbn._moments import Moments
+from jaxbn._moments_of import moments
 
 
 def penalty(

@@ -141,7 +141,8 @@ def batch_renorm(
         warm = step >= warmup_steps
         return jnp.where(warm, r, 1), jnp.where(warm, d, 0)
 
-    def _update(batch_stats, moments):
+    def _update(batch_stats, measured):
+        moments = measured.moments
         running = {name: value for name, value in batch_stats.items() if name != "step"}
         accept = accepts(jnp.any(moments.count > 0), moments.mean, moments.var, skip_nonfinite=skip_nonfinite)
         moved = update_batch_stats(running, moments, decay=decay, skip_nonfinite=skip_nonfinite)

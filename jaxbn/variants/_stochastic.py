@@ -126,9 +126,9 @@ def _draw(batch_stats, rng, bank_size):
     return tuple(jnp.where(recorded == 0, running, bank[slot]) for running, bank in pairs)
 
 
-def _record(batch_stats, moments, *, decay, bank_size):
+def _record(batch_stats, measured, *, decay, bank_size):
     """Move the running statistics, and write the moments over the oldest in the bank; a bad batch does neither."""
-    batch_stats, moments = lax.stop_gradient((batch_stats, moments))
+    batch_stats, moments = lax.stop_gradient((batch_stats, measured.moments))
     running = {name: batch_stats[name] for name in ("mean", "var", "weight") if name in batch_stats}
     accept = accepts(jnp.all(moments.count > 0), moments.mean, moments.var)
     slot = batch_stats["step"] % bank_size
