@@ -234,20 +234,20 @@ EXPERIMENT = Experiment(
     theme=WHY_FASTER,
     answer="It depends on what is measured: with batch norm a step moves the inputs of activations a quarter as far as"
     " in a plain network, while the gradients of layers change two and a half times as much when the layers below them"
-    " move. A small shift is not what a VGG-style network needs: with noise that puts more shift back it still got 80"
-    " to 85% right where the plain one got 10 to 55%, if more slowly at the smallest rate; but 25 linear layers lost"
-    " most of what batch norm had gained.",
+    " move. A small shift is not what a VGG-style network needs: with noise that makes it two to nine times as large"
+    " it still got 80 to 85% right where the plain one got 10 to 55%, if more slowly at the smallest rate; but 25"
+    " linear layers lost most of what batch norm had gained.",
     reader_questions={
         "Does batch norm reduce internal covariate shift?": "The distributions move less: by 0.03 standard deviations"
         " in a step against 0.13, at a rate at which both networks learn. Measured by what optimization notices, the"
         " change of a layer's gradient when the layers below it have moved, the shift is larger with batch norm.",
-        "What happens in networks that do not converge?": "Where the plain network fails, its first steps move the"
-        " inputs of activations 9 to 55 times as far as with batch norm, and then it is dead or infinite. Its gradients"
-        " turn no farther than with batch norm, so the cosine of gradients does not tell who fails.",
+        "What happens in networks that do not converge?": "Where the plain network fails, a step moves the"
+        " inputs of activations 9 to 55 times as far as with batch norm, until at the larger rates it is dead or"
+        " infinite. Its gradients turn no farther than with batch norm, so their cosine does not tell who fails.",
     },
     differs="The source trains VGG on CIFAR-10, and 25 linear layers on synthetic data; here eight small layers learn"
-    " digits for 100 steps, with strides where VGG has maxima, and 25 linear layers a hundred digits. Its figures are"
-    " curves without numbers to set beside ours. A distance between distributions in place of histograms, and rates at"
+    " digits for 100 steps, with strides where VGG has maxima, and 25 linear layers a hundred digits. We could read no"
+    " numbers off its curves to set beside ours. A distance between distributions in place of histograms, and rates at"
     " which the plain network fails, are ours. As in the source all arms have the same rate, which is not the same"
     " length of step. Both learn at one rate only, 0.1 in the VGG-style network. A dead network moves by 0, which makes"
     " the geometric mean of its ratio 0 and leaves that claim open at rate 2.5.",
