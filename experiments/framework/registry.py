@@ -27,6 +27,7 @@ EXPERIMENTS = (
     "landscape",
     "loss_surface",
     "gradient_flow",
+    "covariate_shift",
 )
 
 
