@@ -22,6 +22,7 @@ EXPERIMENTS = (
     "through_statistics",
     "effective_rate",
     "affine_only",
+    "large_rates",
 )
 
 
