@@ -113,7 +113,27 @@ EXPERIMENT = Experiment(
     title="Batch norm trains an MLP faster, at higher rates, from bad weights and with saturating activations.",
     question="What does batch norm do for a small network that recognizes digits?",
     source="Udacity, Deep Learning Foundations: Batch Normalization - Lesson",
+    citation="Udacity, Deep Learning Foundations: Batch Normalization - Lesson (notebook Batch_Normalization_Lesson).",
     theme=WHEN_IT_HELPS,
+    answer="It learned in less than a quarter of the steps and ended 2.7 points above the best that the network without"
+    " it reached at any rate. It also learned where that network did not, at high rates, from weights 100 times too"
+    " large and with sigmoids, though not in every cell for certain.",
+    reader_questions={
+        "Can it be used in MLPs?": "Yes. Every layer but the last of this network is dense, and with batch norm it"
+        " learned in less than a quarter of the steps and ended more accurate.",
+        "Why does training get shorter, if a step takes longer?": "A step took 1.1 times as long, and less than a"
+        " quarter of the steps were needed.",
+        "What differs from a good initialization, such as Xavier's?": "That one gives units a good size before the"
+        " first step; batch norm does so at every step. From weights of about Xavier's size (std 0.05) batch norm still"
+        " learned in fewer steps and allowed higher rates, and from weights 100 times as large it learned in most"
+        " cells, where the network without it got 27% of the digits right on average.",
+        "What happens at a batch of 1?": "In a dense layer the mean is then the value itself and the variance 0: every"
+        " unit puts out its bias, whatever it is shown, and the network here gets 10% of the digits right, which is"
+        " chance. A convolutional layer still averages over the positions of the one image, as instance norm does.",
+        "What must be equal in a fair comparison?": "First weights, order of the batches, number of steps, and the"
+        " search for the learning rate: each arm is entitled to its own best rate. At rate 2, where"
+        " batch norm gets 93%, the plain network with ReLU is at chance; at its own best rate it is 2.7 points behind.",
+    },
     differs="The lesson trained once on all of MNIST, for 50,000 steps (the preset full).",
     settings={
         "smoke": Settings(seeds=2, data="mnist5k", steps=40, interval=20),

@@ -58,7 +58,11 @@ EXPERIMENT = Experiment(
     title="Twenty layers that learn nothing without batch norm reach over 95% of MNIST in 800 steps with it.",
     question="Does batch norm let a network of 21 layers learn that does not learn without it?",
     source="Udacity, Deep Learning Foundations: Batch Normalization - Exercises",
+    citation="Udacity, Deep Learning Foundations: Batch Normalization - Exercises (notebook"
+    " Batch_Normalization_Exercises).",
     theme=WHEN_IT_HELPS,
+    answer="Yes: with the exercise's own loss no network without batch norm did better than 13%, and with it they"
+    " reached 90% on average after 800 steps. With the usual softmax loss one of six learned without batch norm too.",
     differs="The exercise trained once on all of MNIST (the preset full).",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=8, interval=4, depth=4),

@@ -1,5 +1,6 @@
 """A strict session: eight host devices, implicit rank promotion is an error, property tests repeat exactly."""
 
+import gc
 import os
 
 # Read once, when JAX starts its backend: it has to stand before the first import of jax. Most of the time goes into
@@ -21,6 +22,10 @@ hypothesis.settings.register_profile(
     "jaxbn", deadline=None, derandomize=True, max_examples=25, print_blob=True, database=None
 )
 hypothesis.settings.load_profile("jaxbn")
+
+
+# Traces are millions of objects, and each collection looks at all: a tenth of the time, and more as they grow.
+gc.set_threshold(200_000, 50, 100)
 
 
 @pytest.fixture(autouse=True)

@@ -92,6 +92,7 @@ def test_ranks_of_a_matrix_of_known_singular_values(singular, effective, partici
     # A singular value of 0 comes out as a rounding, whose entropy is that times its logarithm.
     assert found.effective_rank == pytest.approx(effective, rel=20 * ROUNDING)
     assert found.participation == pytest.approx(participation, rel=ROUNDING)
+    assert found.rank == np.count_nonzero(singular)
 
 
 def test_weights_below_batch_norm_have_a_gradient_across_them():

@@ -22,6 +22,9 @@ def listing(directory):
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
+QUICK = "chain", "effective_rate", "deep_conv"  # stages that train nothing, stages that train, and a grid
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """A directory with a finished smoke run of the experiment of that name; each is run once a worker."""
@@ -65,7 +68,9 @@ def test_bad_input_is_one_line_and_makes_no_directory(capsys, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", registry.EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in registry.EXPERIMENTS]
+)
 def test_every_experiment_runs_and_judges_all_its_claims(smoke, name):
     directory, experiment = smoke(name), registry.load(name)
     summary = json.loads((directory / "summary.json").read_text())
@@ -78,46 +83,46 @@ def test_every_experiment_runs_and_judges_all_its_claims(smoke, name):
 
 
 def test_a_finished_run_is_judged_and_drawn_again_and_not_trained(smoke, capsys, monkeypatch):
-    directory = smoke("placement")
+    directory = smoke("chain")
     before = listing(directory)
     monkeypatch.setattr(run, "measure", None)
-    assert main(["run", "placement", "--preset", "smoke", "--out", str(directory)]) == 0
-    assert "Largest relative difference" in capsys.readouterr().out
+    assert main(["run", "chain", "--preset", "smoke", "--out", str(directory)]) == 0
+    assert "The deepest plain chain" in capsys.readouterr().out
     assert listing(directory) == before
 
 
 def test_a_directory_of_other_settings_is_refused_and_left_alone(smoke, capsys):
-    directory = smoke("placement")
+    directory = smoke("chain")
     before = listing(directory)
-    assert main(["run", "placement", "--preset", "smoke", "--seeds", "3", "--out", str(directory)]) != 0
+    assert main(["run", "chain", "--preset", "smoke", "--seeds", "3", "--out", str(directory)]) != 0
     assert "its seeds is 2, not 3" in one_line_of_error(capsys)
     assert listing(directory) == before
 
 
 def test_the_report_shows_a_run(smoke):
-    results = smoke("placement").parent
+    results = smoke("chain").parent
     assert report.write_report(results, None) == []
     text = (results / report.REPORT).read_text()
-    assert "## placement" in text
-    assert "| compared | 1 x 1 convolution and dense layer |" in text
+    assert "## chain" in text
+    assert "**The deepest plain chain: one step against its expansion**" in text
 
 
 def test_a_pilot_says_how_many_seeds_each_claim_needs(capsys, tmp_path):
-    command = ["run", "deep_conv", "--preset", "smoke", "--pilot", "--out", str(tmp_path / "pilot")]
+    command = ["run", "chain", "--preset", "smoke", "--pilot", "--out", str(tmp_path / "pilot")]
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "Seeds that deep_conv needs, by a pilot of 2 seeds" in shown
-    rows = [json.loads(line) for line in (tmp_path / "pilot" / "metrics.jsonl").read_text().splitlines()]
-    assert {run["seed"] for row in rows if "runs" in row for run in row["runs"]} == {20_000, 20_001}
+    assert "Seeds that chain needs, by a pilot of 2 seeds" in shown
+    settings = json.loads((tmp_path / "pilot" / "config.json").read_text())["settings"]
+    assert (settings["first_seed"], settings["seeds"]) == (20_000, 2)
 
 
 def test_all_goes_on_past_a_failure_and_skips_what_is_done(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "EXPERIMENTS", ("gone", "placement"))
+    monkeypatch.setattr(registry, "EXPERIMENTS", ("gone", "chain"))
     command = ["run", "all", "--preset", "smoke", "--out", str(tmp_path)]
     assert main(command) == 1
     shown = capsys.readouterr().out
     assert "failed gone: ModuleNotFoundError" in shown
-    assert (tmp_path / "placement-smoke" / "summary.json").exists()
+    assert (tmp_path / "chain-smoke" / "summary.json").exists()
     assert main(command) == 1
     assert "done already" in capsys.readouterr().out
 

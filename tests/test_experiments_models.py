@@ -78,6 +78,39 @@ def test_deep_conv_has_nineteen_convolutions_that_end_in_one_pixel():
     assert shapes[18:] == [(3, 3, 72, 76), (100, 76), (10, 100)]
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_tower_is_the_mlp_of_its_depth(depth):
+    x = jax.random.normal(jax.random.key(1), (8, 6))
+    how = dict(use_bias=False, activation=jax.nn.relu, weights=models.normal_weights(0.5))
+    tower = models.tower(4, 5, jaxbn.batch_norm(), **how)
+    variables = tower.init(jax.random.key(0), x, depth)
+    mlp = models.mlp((5,) * depth, jaxbn.batch_norm(), **how)
+    same = mlp.init(jax.random.key(0), x)
+    below, *above, head = same["params"]
+    below["layer"] = variables["params"]["first"]["layer"]
+    for number, layer in enumerate(above):
+        layer["layer"] = {"kernel": variables["params"]["rest"]["layer"]["kernel"][number]}
+    head["layer"] = variables["params"]["head"]
+    for train in (True, False):
+        ours, theirs = tower.apply(variables, x, train=train)[0], mlp.apply(same, x, train=train)[0]
+        # Some roundings of float32 a layer.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_beyond_the_depth_of_a_tower_get_no_gradient():
+    x = jax.random.normal(jax.random.key(1), (8, 6))
+    tower = models.tower(
+        4, 5, jaxbn.batch_norm(), use_bias=False, activation=jax.nn.relu, weights=models.glorot_weights()
+    )
+    variables = tower.init(jax.random.key(0), x, 2)
+    gradient = jax.grad(lambda params: tower.apply({**variables, "params": params}, x, train=True)[0][:, 0].sum())(
+        variables["params"]
+    )
+    kernel = gradient["rest"]["layer"]["kernel"]
+    assert jnp.any(kernel[0] != 0)
+    assert not jnp.any(kernel[1:])
+
+
 def test_a_look_into_networks_finds_what_their_layers_see():
     norm = jaxbn.batch_norm()
     x = jax.random.normal(jax.random.key(1), (8, 6))

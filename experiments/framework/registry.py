@@ -22,6 +22,8 @@ EXPERIMENTS = (
     "through_statistics",
     "effective_rate",
     "affine_only",
+    "mean_field",
+    "rank",
     "large_rates",
 )
 

@@ -40,7 +40,7 @@ def sigmoid_loss(logits: Array, labels: Array) -> Array:
 class Task(NamedTuple):
     """What the runs of a grid have in common, as functions of the run (a dict of scalars, traced)."""
 
-    init: Callable  # init(run, key, x) -> {"params", "batch_stats"}; x: one batch of float32 images
+    init: Callable | None  # init(run, key, x) -> {"params", "batch_stats"}; x: one batch of float32 images
     apply: Callable  # apply(variables, x, *, train) -> (logits, batch_stats)
     optimizer: Callable  # optimizer(run) -> optax.GradientTransformation
     loss: Callable = softmax_loss  # loss(logits, labels) -> scalar
@@ -191,7 +191,20 @@ def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
     """The programs for grids of `task` with `per_seed` runs of each seed; asked again, the same compiled ones.
 
     `advance` trains every run for one interval from step number `step` on and returns the mean loss of the interval.
+    Tasks that differ in `init` alone share both `advance` and `evaluate`.
     """
+
+    def start(runs: dict, arrays: dict) -> dict:
+        # Not compiled as a whole: random draws are slow to compile, and taken one by one they are compiled once for
+        # all architectures that have the same shapes.
+        return jax.vmap(partial(init_run, task, arrays["test_images"]))(runs)
+
+    return Programs(start, *_compile_training(task._replace(init=None), schedule, per_seed))
+
+
+@functools.lru_cache(maxsize=8)
+def _compile_training(task: Task, schedule: Schedule, per_seed: int) -> tuple[Callable, Callable]:
+    """`advance` and `evaluate` of `compile_grid`; the task has no `init`."""
     mapped = jax.default_backend() == "cpu" if schedule.mapped is None else schedule.mapped
     over_seeds = jax.lax.map if mapped else lambda f, xs: jax.vmap(f)(xs)
 
@@ -221,12 +234,7 @@ def compile_grid(task: Task, schedule: Schedule, per_seed: int = 1) -> Programs:
         drawn = draw(runs["seed"][::per_seed], step, schedule.interval, schedule.batch_size, examples)
         return train_interval(states, runs, arrays, drawn)
 
-    def start(runs: dict, arrays: dict) -> dict:
-        # Not compiled as a whole: random draws are slow to compile, and taken one by one they are compiled once for
-        # all architectures that have the same shapes.
-        return jax.vmap(partial(init_run, task, arrays["test_images"]))(runs)
-
-    return Programs(start, advance, evaluate_grid)
+    return advance, evaluate_grid
 
 
 def split(tree: Any, per_seed: int) -> Any:

@@ -6,6 +6,7 @@ by layer: it compiles once instead of once per shape (a second each on a CPU), a
 twin start from the same weights.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -220,6 +221,79 @@ def mlp(
     """A multilayer perceptron with hidden layers of `widths` units; `use_bias` concerns the hidden layers."""
     layers = [dense(width, use_bias=use_bias) for width in widths]
     return stack(layers, dense(classes, use_bias=True), norm, activation, weights)
+
+
+class Tower(NamedTuple):
+    """A deep MLP whose last hidden layer can be looked at, and whose depth may differ from run to run."""
+
+    init: Callable  # init(key, x, depth) -> variables; depth: [], from 1 to the deepest, may be traced
+    apply: Callable  # as of a Network
+    hidden: Callable  # hidden(variables, x, *, train) -> (last hidden layer [batch, width], batch_stats)
+    head: Callable  # head(variables, hidden) -> logits
+
+
+def tower(
+    deepest: int,
+    width: int,
+    norm: jaxbn.Normalizer,
+    *,
+    use_bias: bool,
+    activation: Callable[[Array], Array],
+    weights: Weights,
+    classes: int = 10,
+) -> Tower:
+    """An `mlp` with hidden layers of equal width, all but the first in one `lax.scan`: one program for every depth.
+
+    Of the `deepest` hidden layers those beyond a network's depth hand on what they get. params and batch_stats have the
+    leaves of the first layer under "first" and those of the others, stacked along an axis [deepest - 1], under "rest";
+    params also "head", and batch_stats "active", which of the others count.
+    """
+    layer, last = dense(width, use_bias=use_bias), dense(classes, use_bias=True)
+
+    def repeated(tree: dict) -> dict:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (deepest - 1, *leaf.shape)), tree)
+
+    def init(key: Array, x: Array, depth: Array | int) -> dict:
+        shapes, outputs = trace_shapes([layer, layer, last], x)
+        stacked = shapes[0], (deepest - 1, *shapes[1]), shapes[2]
+        ends = list(itertools.accumulate(map(math.prod, stacked)))
+        flat = jnp.split(weights.draw(key, (ends[-1],)), ends[:-1])
+        first, rest, of_head = (
+            weights.scale(shape) * part.reshape(whole) for shape, part, whole in zip(shapes, flat, stacked, strict=True)
+        )
+        bias = {"bias": jnp.zeros(width)} if use_bias else {}
+        of_norm = norm.init(key, outputs[0])
+        below = {"layer": {"kernel": first, **bias}, "norm": of_norm["params"]}
+        above = {"layer": {"kernel": rest, **repeated(bias)}, "norm": repeated(of_norm["params"])}
+        params = {"first": below, "rest": above, "head": {"kernel": of_head, "bias": jnp.zeros(classes)}}
+        stats = {"first": of_norm["batch_stats"], "rest": repeated(of_norm["batch_stats"])}
+        return {"params": params, "batch_stats": {**stats, "active": jnp.arange(1, deepest) < depth}}
+
+    def hidden(variables: dict, x: Array, *, train: bool) -> tuple[Array, dict]:
+        def one(x: Array, own: tuple[dict, dict]) -> tuple[Array, dict]:
+            param, stats = own
+            h = layer.apply(param["layer"], x)
+            h, stats = norm.apply({"params": param["norm"], "batch_stats": stats}, h, train=train)
+            return activation(h), stats
+
+        def if_active(x: Array, own: tuple[Array, tuple[dict, dict]]) -> tuple[Array, dict]:
+            active, own = own
+            y, stats = one(x, own)
+            return jnp.where(active, y, x), stats
+
+        params, stats = variables["params"], variables["batch_stats"]
+        x, below = one(x, (params["first"], stats["first"]))
+        x, above = jax.lax.scan(if_active, x, (stats["active"], (params["rest"], stats["rest"])))
+        return x, {"first": below, "rest": above, "active": stats["active"]}
+
+    def head(variables: dict, x: Array) -> Array:
+        return last.apply(variables["params"]["head"], x)
+
+    def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, dict]:
+        x, batch_stats = hidden(variables, x, train=train)
+        return head(variables, x), batch_stats
+
+    return Tower(init, apply, hidden, head)
 
 
 def deep_conv(depth: int, norm: jaxbn.Normalizer, *, use_bias: bool, classes: int = 10) -> Network:

@@ -28,6 +28,8 @@ class LayerFlow(NamedTuple):
         between 1 and units. The mean is not taken away.
       participation: [], (sum s^2)^2 / sum s^4 over the singular values s, a lower bound of the rank
         (Daneshmand et al. 2020, section 3).
+      rank: [], number of singular values above max(values, units) * eps times the largest one, as
+        `numpy.linalg.matrix_rank` counts.
     """
 
     rms: Array
@@ -36,6 +38,7 @@ class LayerFlow(NamedTuple):
     dead: Array
     effective_rank: Array
     participation: Array
+    rank: Array
 
 
 class ParamFlow(NamedTuple):
@@ -141,6 +144,7 @@ def _layer(name, h, gradient, activation, flat_below) -> LayerFlow:
         dead=jnp.mean(jnp.all(flat, axis=0)),
         effective_rank=_effective_rank(singular),
         participation=_participation(singular),
+        rank=_rank(singular, max(flat.shape)),
     )
 
 
@@ -149,6 +153,12 @@ def _effective_rank(singular: Array) -> Array:
     total = jnp.sum(singular)
     shares = singular / jnp.where(total > 0, total, 1)
     return jnp.where(total > 0, jnp.exp(jnp.sum(jax.scipy.special.entr(shares))), 0)
+
+
+def _rank(singular: Array, size: int) -> Array:
+    """How many singular values are more than rounding; `size` is the matrix's larger side."""
+    above = singular > size * jnp.finfo(singular.dtype).eps * jnp.max(singular)
+    return jnp.sum(above, dtype=singular.dtype)
 
 
 def _participation(singular: Array) -> Array:
