@@ -28,6 +28,7 @@ EXPERIMENTS = (
     "loss_surface",
     "gradient_flow",
     "covariate_shift",
+    "large_rates",
 )
 
 
