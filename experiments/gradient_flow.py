@@ -126,13 +126,15 @@ def measured(settings: Sizes, seed: int) -> xr.Dataset:
 
 def similar(settings: Sizes, variables: dict, others: dict) -> np.ndarray:
     """CKA of every layer of every network with that of the other: [runs, layer]."""
-    images = data.load(settings.data).test_images[:SEEN]
+    images = data.load(settings.data).test_images
+    images = images[data.spread(SEEN, len(images))]
     return np.asarray(similarity(settings.looked_at, settings.width)(variables, others, images))
 
 
 def flow(settings: Sizes, variables: dict) -> list[list[float]]:
     """Norm of the gradient by each layer's output in every one of the deepest networks: [runs, level]."""
-    images, labels = loop.take(loop.on_device(data.load(settings.data)), np.arange(2 * BATCH_SIZE))
+    arrays = loop.on_device(data.load(settings.data))
+    images, labels = loop.take(arrays, data.spread(2 * BATCH_SIZE, len(arrays["train_labels"])))
     batch, depth = {"x": images, "label": labels}, settings.depths[-1]
     several = [jax.tree.map(lambda leaf, i=i: leaf[i], variables) for i in range(len(cells(0)))]
     return [gradients(depth, settings.width, one, batch) for one in several]

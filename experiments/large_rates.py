@@ -100,7 +100,8 @@ def start(settings: Sizes) -> xr.Dataset:
 def signals(settings: Sizes) -> xr.Dataset:
     """Root mean square of activations and of gradients of the weights, block by block, before the first step."""
     dataset = data.load(settings.data)
-    images, labels = data.pixels(jnp.asarray(dataset.train_images[:SEEN])), jnp.asarray(dataset.train_labels[:SEEN])
+    index = data.spread(SEEN, len(dataset.train_labels))
+    images, labels = data.pixels(jnp.asarray(dataset.train_images[index])), jnp.asarray(dataset.train_labels[index])
     runs = [{"seed": seed, "rate": 0.0, **arm} for seed in settings.every_seed for arm in ARMS.values()]
 
     def measured(variables: dict) -> tuple[jax.Array, jax.Array]:

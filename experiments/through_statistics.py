@@ -94,7 +94,7 @@ def task(settings: Sizes, arm: str) -> loop.Task:
         found = {"bias": jnp.sqrt(jnp.mean(biases**2))}
         if arm not in (STOPPED, RENORMALIZED):
             return found
-        images, labels = loop.take(arrays, jnp.arange(BATCH_SIZE))
+        images, labels = loop.take(arrays, data.spread(BATCH_SIZE, len(arrays["train_labels"])))
         variables = renormalize(variables, images) if arm == RENORMALIZED else variables
         return found | {"delivered": predecessors.delivered(network, build(NORM), variables, images, labels)}
 
@@ -111,7 +111,7 @@ def distance_from_unit(trained: Trained) -> dict:
     widths = tuple(param["layer"]["bias"].shape[-1] for param in hidden)
     if trained.program["arm"] in (THROUGH, STOPPED):
         return {"distance": (("layer",), np.zeros((len(trained.runs), len(widths))))}  # z has mean 0 and variance 1
-    images, _ = loop.take(trained.arrays, jnp.arange(SEEN))
+    images, _ = loop.take(trained.arrays, data.spread(SEEN, len(trained.arrays["train_labels"])))
     return {"distance": (("layer",), np.stack(distances(widths)(trained.variables, images), -1))}
 
 
@@ -135,7 +135,7 @@ def bias_alone(settings: Sizes) -> xr.Dataset:
     arrays = loop.on_device(data.load(settings.data))
 
     def run(stop: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-        images, labels = loop.take(arrays, jnp.arange(256))
+        images, labels = loop.take(arrays, data.spread(256, len(arrays["train_labels"])))
         below, above = jax.random.split(jax.random.key(seed))
         flat = images.reshape(len(images), -1).astype(jnp.float64)
         u, head = flat @ jax.random.normal(below, (flat.shape[1], 20)) / 28, jax.random.normal(above, (20, 10))

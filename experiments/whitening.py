@@ -100,7 +100,7 @@ def correlation_of_units(trained: Trained) -> dict:
     """`correlation` [layer] of each trained network, between what the next layer sees of two units."""
     *hidden, _ = trained.variables["params"]
     widths = tuple(param["layer"]["kernel"].shape[-2] for param in hidden)
-    images, _ = loop.take(trained.arrays, jnp.arange(BATCH_SIZE))
+    images, _ = loop.take(trained.arrays, data.spread(BATCH_SIZE, len(trained.arrays["train_labels"])))
     found = correlations(normalizer(trained.program["arm"], widths[0]), widths)(trained.variables, images)
     return {"correlation": (("layer",), np.stack(found, -1))}
 

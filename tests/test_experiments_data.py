@@ -465,3 +465,10 @@ def test_a_file_that_may_not_be_read_is_one_line_that_speaks_of_permissions(tmp_
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match=r"cannot read .* \(Permission denied\): check its permissions"):
         data.load(f"{name}:{tmp_path}")
+
+
+def test_digits_that_are_spread_are_of_all_classes():
+    labels = data.load("mnist5k").train_labels
+    counts = np.bincount(labels[data.spread(100, len(labels))], minlength=10)
+    np.testing.assert_array_equal(counts, 10)
+    np.testing.assert_array_equal(data.spread(4, 4), range(4))

@@ -9,10 +9,17 @@ import numpy as np
 
 from experiments.errors import UserError
 from experiments.training import cifar, debian, hub, idx, mnist_wheel
-from experiments.training.dataset import Dataset, in_three_parts, pixels, stratified_split, validation_for_training
+from experiments.training.dataset import (
+    Dataset,
+    in_three_parts,
+    pixels,
+    spread,
+    stratified_split,
+    validation_for_training,
+)
 from experiments.training.files import cache_directory, make_directory
 
-__all__ = ["Dataset", "describe", "fetch", "load", "pixels", "validation_for_training"]
+__all__ = ["Dataset", "describe", "fetch", "load", "pixels", "spread", "validation_for_training"]
 
 NAMES = (
     "mnist5k, mnist, fashion_mnist, cifar10, each of the last three also as NAME:DIRECTORY,"

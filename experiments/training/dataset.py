@@ -96,6 +96,11 @@ def stratified_split(labels: np.ndarray, per_class: int, seed: int) -> tuple[np.
     return first, np.setdiff1d(np.arange(len(labels)), first)
 
 
+def spread(count: int, of: int) -> np.ndarray:
+    """Numbers of `count` examples at equal distances among `of`: a data set may lie sorted by its labels."""
+    return np.arange(count) * of // count
+
+
 def _checked(where: str, part: str, images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels as a Dataset holds them."""
     if len(images) != len(labels):

@@ -68,7 +68,8 @@ def outputs(depth: int, width: int, measure: Callable[[Array], Array]) -> Callab
 @cache
 def task(digits: str, depth: int, width: int) -> loop.Task:
     """The networks of one depth. Metric "dead": the share of units without a positive output on any test image."""
-    kept = jnp.asarray(data.load(digits).train_images[:KEPT])
+    images = data.load(digits).train_images
+    kept = jnp.asarray(images[data.spread(KEPT, len(images))])
     at_start = tower(depth, width, activated(switched(0.0)))  # whose running statistics are those of the images
     greatest = outputs(depth, width, partial(jnp.max, axis=0))
 

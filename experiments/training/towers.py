@@ -79,7 +79,8 @@ def optimizer(run: dict) -> optax.GradientTransformation:
 @cache
 def task(digits: str, width: int, arm: str) -> loop.Task:
     """The networks of one arm, of the run's depth, for the data set of that name."""
-    measured = jnp.asarray(data.load(digits).train_images[:512])
+    images = data.load(digits).train_images
+    measured = jnp.asarray(images[data.spread(512, len(images))])
 
     def init(run: dict, key: Array, x: Array) -> dict:
         variables = tower(width, arm).init(key, x, run["depth"])
