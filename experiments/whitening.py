@@ -33,7 +33,7 @@ from experiments.framework.experiment import WHAT_IT_IS, Experiment, Grid, Searc
 from experiments.framework.pictures import COLORS, lines, panels
 from experiments.framework.results import final, side_by_side
 from experiments.framework.tables import table_of
-from experiments.training import loop, models
+from experiments.training import data, loop, models
 
 PLAIN, NORMALIZED = "plain", "batch norm"
 FOURS, SIXTEENS, ALL, ITERATIVE = "groups of 4", "groups of 16", "all units", "all units, iterative"
