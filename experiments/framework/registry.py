@@ -25,6 +25,7 @@ EXPERIMENTS = (
     "mean_field",
     "rank",
     "landscape",
+    "spectrum",
 )
 
 
