@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxbn
-from experiments.training.switched_norm import EPSILON, kind, switched
+from experiments.training.switched_norm import EPSILON, freeze, kind, switched
 
 X = np.random.default_rng(0).normal(1.0, 2.0, (8, 3, 3, 4)).astype(np.float32)
 OTHER = 3 * X + 1
@@ -66,3 +66,16 @@ def test_a_plain_layer_changes_nothing_at_first_and_has_no_use_of_its_scale():
         return jnp.sum(norm.apply({**variables, "params": params}, jnp.asarray(X), train=True)[0] ** 2)
 
     np.testing.assert_array_equal(jax.grad(total)(variables["params"])["scale"], 0)
+
+
+def test_freezing_keeps_the_function_and_stops_the_gradient_of_the_statistics():
+    y, variables = after_batches(kind(), X)
+    frozen = freeze({**variables, "batch_stats": [variables["batch_stats"]]})
+    norm = switched(kind())
+
+    def applied(x):
+        return norm.apply({**frozen, "batch_stats": frozen["batch_stats"][0]}, x, train=True)[0]
+
+    np.testing.assert_allclose(applied(jnp.asarray(X)), y, atol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(applied(x)))(jnp.asarray(X))
+    np.testing.assert_allclose(gradient, np.broadcast_to(1 / X.std(AXES), X.shape), rtol=1e-4)

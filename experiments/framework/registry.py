@@ -29,6 +29,7 @@ EXPERIMENTS = (
     "gradient_flow",
     "covariate_shift",
     "large_rates",
+    "spectrum",
 )
 
 

@@ -70,6 +70,15 @@ def switched(run: dict) -> jaxbn.Normalizer:
     return jaxbn.Normalizer(init, apply)
 
 
+def freeze(variables: dict) -> dict:
+    """A network of `switched` whose statistics are those of its next training batch, with no gradient through them."""
+
+    def one(stats: dict) -> dict:
+        return {**stats, "kind": {**stats["kind"], "frozen": jnp.ones(())}, "count": jnp.zeros(())}
+
+    return {**variables, "batch_stats": [one(stats) for stats in variables["batch_stats"]]}
+
+
 def by_batch(stats: dict, x: Array) -> tuple[dict, dict]:
     """What a training batch is normalized by, with its "std", and the moved running statistics."""
     kind = stats["kind"]
