@@ -164,7 +164,7 @@ def draw(name: str, label: str, ax: Axes, settings: Sizes, r: xr.Dataset) -> Non
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     if name == RANGE:
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
     else:
         ax.get_legend().remove()
 
