@@ -23,6 +23,7 @@ import numpy as np
 import optax
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogFormatter
 
 from experiments.framework.claim import Claim, Compared
 from experiments.framework.experiment import WHY_FASTER, Experiment, Grid, Search, Settings
@@ -147,12 +148,23 @@ def figures(r: xr.Dataset) -> xr.DataArray:
     return side_by_side(found)
 
 
+def by_step(r: xr.Dataset) -> xr.DataArray:
+    """What is drawn along the gradient, all arms at the same rate: [measure, arm, step, seed]."""
+    names = [*MEASURES, RELATIVE]
+    found = [r[name].sel(trained=SAME, drop=True).rename("measures") for name in names]
+    return xr.concat(found, "measure").assign_coords(measure=names)
+
+
 def draw(name: str, label: str, ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """One measure during training, all arms at the same rate; the first panel has the legend."""
     lines(ax, r[name].sel(trained=SAME, drop=True), x="step", hue="arm", palette=SHADES, style="arm", errorbar=None)
-    ax.set(yscale="log", xlabel=f"training step, rate {RATE:g}", ylabel=label, title=name)
+    ax.set(xlabel=f"training step, rate {RATE:g}", ylabel=label, title=name)
+    if name != RELATIVE:
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))
     if name == RANGE:
-        ax.legend(frameon=False, fontsize=8)
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
     else:
         ax.get_legend().remove()
 
@@ -168,25 +180,30 @@ EQUALLY_FAR = "|g(there) - g| / |g| at a distance of 2% of the length of all par
 ALONG = "at steps of 1/2 to 4 times the rate along the gradient, all arms at rate 0.1, geometric mean over training"
 
 EXPERIMENT = Experiment(
-    title="Batch norm makes the loss smoother along its gradient, and so do p-norms.",
+    title="At equal distance gradients are more predictive with batch norm; at equal rates only in the end.",
     question="Does batch norm smooth the loss, and is that why it trains faster?",
     source="Santurkar, Tsipras, Ilyas and Madry 2018, sections 3.1 and 3.3, figure 4",
     citation="S. Santurkar, D. Tsipras, A. Ilyas, A. Madry: How Does Batch Normalization Help Optimization?"
     " NeurIPS 2018, arXiv:1805.11604.",
     theme=WHY_FASTER,
-    answer="Not as the source measures it: along its gradient, at one rate for all, loss and gradient changed 1.3 to"
-    " 1.5 times as much with batch norm as without, where the network without it hardly learned at first. Moved equally"
-    " far the gradient changed 0.74 times as much as without batch norm, and 0.44 times as much as with frozen"
-    " statistics: there it is smoother, and the statistics that move with the weights make it so.",
+    answer="By the source's measures the order turned round: at one rate the loss varied more along the gradient with"
+    " batch norm than without at step 25 (0.29 against 0.015), where the plain network had not begun to learn, and far"
+    " less at step 100 (0.10 against 1.8), so averaged over training batch norm was not the smoother one. After steps"
+    " of equal length its gradient changed 0.74 times as much as without batch norm and 0.44 times as much as with"
+    " frozen statistics: there it is smoother, and it learned faster than both.",
     reader_questions={
-        "Is the loss smoother with batch norm?": "That hangs on how it is measured. At equal rates a network that does"
-        " not learn yet looks smoothest; after steps of equal length the gradients with batch norm were the more"
-        " predictive ones.",
+        "Is the loss smoother with batch norm?": "That hangs on how and when it is measured. At equal rates a network"
+        " that does not learn yet has small gradients, moves little and looks smoothest; after steps of equal length"
+        " the gradients with batch norm were the more predictive ones from step 50 on.",
+        "Is it the fixed distribution that smooths the loss?": "Hardly: networks normalized by an l1 or l2 norm, whose"
+        " features differ in deviation, had gradients as predictive as batch norm's after steps of equal length, and"
+        " came within two points of its accuracy. Statistics frozen at the start made the loss rougher.",
     },
     differs="The source trains VGG on CIFAR-10, and its figure 4 has curves without numbers to set beside ours; here"
     " eight small layers learn digits for 100 steps, with strides where VGG has maxima. We take its p-norms over the"
     " batch and all positions of a feature, and could not read more of its protocol than its text says. Frozen"
-    " statistics and equal distances are ours.",
+    " statistics and equal distances are ours. The best rate of frozen statistics lies at the lower end of the search,"
+    " and one of ten diverged at the rate of all: no ratio to it is judged there.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=1, blocks=((4,),), units=8),
         "cpu": Sizes(seeds=10, data="mnist5k", steps=100, interval=25),
@@ -267,6 +284,10 @@ EXPERIMENT = Experiment(
             " all params. Gradient: its length. Spread: of the logarithms of the normalized features' deviations.",
         ),
         table_of(
+            f"What is seen along the gradient in the course of training, all at rate {RATE:g}", by_step,
+            rows=["measure", "arm"], columns="step", form=".3g",
+        ),
+        table_of(
             "Learning rate chosen on validation",
             lambda r: r.rate.sel(trained=BEST).isel(seed=[0]).expand_dims(chosen=["rate"]), rows=["arm"],
             columns="chosen", form="g",
@@ -282,8 +303,10 @@ EXPERIMENT = Experiment(
             title="Does batch norm smooth the loss, and is that why it trains faster?",
             caption="Lines: means of the seeds. The lower, the smoother. First two: at steps of 1/2 to 4 times the rate"
             " along the gradient, as Santurkar et al. have it. Third: after a step of the same length for all, 2% of"
-            " the length of all params. Frozen: batch norm with the statistics of the first batch for ever. Right: a"
-            " dot is a seed, a bar the mean, each arm at the rate that was best on validation.",
+            " the length of all params. Frozen: batch norm with the statistics of the first batch for ever; a network"
+            " that diverged is left out of the lines. Right: a dot is a seed, a bar the mean, each arm at the rate that"
+            " was best on validation. While the plain network does not learn yet its gradient is small, and it looks"
+            " smooth.",
         )
     ],
 )  # fmt: skip
