@@ -201,7 +201,7 @@ def draw_delivered(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """What the normalization leaves of the decrease that a step forecasts."""
     for arm in (STOPPED, RENORMALIZED):
         lines(ax, 100 * r.delivered.sel(arm=arm), x="step", color=SHADES[arm], label=arm)
-    ax.set(xlabel="training step", ylabel="% of the forecast decrease of the loss")
+    ax.set(xlabel="training step", ylabel="% of the forecast decrease of the loss", ylim=(0, 105))
     ax.set_title("What normalizing leaves of a step")
     ax.legend(title="batch norm: 100%", frameon=False, loc="upper left")
 
