@@ -206,8 +206,8 @@ EXPERIMENT = Experiment(
         " costs: in steps the two are close, with the order decided by the learning rate, and every whitened step takes"
         " longer. Whitening many units at once from one batch took more steps in any case.",
         "How large should the groups be if I whiten?": "Small beside the batch: with 256 examples groups of 4 and 16"
-        " were about as accurate as batch norm, and all 64 units together by far the worst. Newton's iteration with five"
-        " steps made whitening of all units about as good as groups of 16, at a higher cost on a CPU.",
+        " were about as accurate as batch norm, and all 64 units together by far the worst. Newton's iteration with"
+        " five steps made whitening of all units about as good as groups of 16, at a higher cost on a CPU.",
     },
     differs="The authors' script trains 5 x 128 units on faces (PIE) for 100 epochs with one seed, groups of 1 to 128"
     " at rate 1 for all, epsilon 1e-7. Here digits, 64 units (the preset full: 128), a rate searched for every arm, and"
