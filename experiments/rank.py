@@ -155,10 +155,10 @@ EXPERIMENT = Experiment(
     answer="It does keep them from collapsing: after 5,000 random linear layers of 128 units, 21 directions are left"
     " with batch norm and one without, or with batch norm and weights that are not centred. But that is not all it"
     " takes to train: networks that started with rank 1 did fail, yet 32 layers that started with the full rank of the"
-    " normalized network and went on without normalizing failed too (14% of the digits right; 57% with batch norm).",
+    " normalized network and went on without normalizing failed too (10% of the digits right; 57% with batch norm).",
     reader_questions={
         "Does the rank of the last layer at the start tell whether a network will train?": "In part: over arms and"
-        " depths it goes along with the final accuracy (correlation 0.64), no better than how even the gradients of the"
+        " depths it goes along with the final accuracy (correlation 0.63), less so than how even the gradients of the"
         " layers are. No network that started with rank 1 got more than 21% of the digits right, but full rank did not"
         " make one of 32 layers train without batch norm.",
     },
