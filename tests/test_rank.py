@@ -46,7 +46,7 @@ def test_switched_is_the_norm_that_its_number_says(kind, norm, train):
 
 def test_a_network_normalized_at_the_start_only_starts_as_the_normalized_one():
     digits = data.load("mnist5k")
-    images = data.pixels(jnp.asarray(digits.train_images[:512]))
+    images = data.pixels(jnp.asarray(digits.train_images[data.spread(512, len(digits.train_images))]))
     run = {"seed": 3, "depth": 4, "rate": 0.0}
     normalized, started = (
         loop.init_run(task("mnist5k", 8, arm), jnp.asarray(digits.test_images[:2]), run)["variables"]
