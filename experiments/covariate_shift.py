@@ -100,9 +100,9 @@ def task(settings: Sizes, network: str) -> loop.Task:
     return trains._replace(metrics=metrics)
 
 
-def spread(dataset: data.Dataset, part: str, count: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Images and labels of `count` examples of a part at equal distances: they may lie sorted by their labels."""
-    index = np.linspace(0, len(getattr(dataset, f"{part}_labels")), count, endpoint=False).astype(int)
+def some(dataset: data.Dataset, part: str, count: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Images and labels of `count` examples of a part, spread over it."""
+    index = data.spread(count, len(getattr(dataset, f"{part}_labels")))
     for kind in ("images", "labels"):
         yield f"{part}_{kind}", getattr(dataset, f"{part}_{kind}")[index]
 
@@ -112,7 +112,7 @@ def trained(settings: Sizes, network: str) -> xr.Dataset:
     dataset = data.load(settings.data)
     count = settings.digits if network == LINEAR else len(dataset.train_labels)
     counts = {"train": count, "validation": 2, "test": TESTED}
-    dataset = dataset._replace(**{name: some for part, n in counts.items() for name, some in spread(dataset, part, n)})
+    dataset = dataset._replace(**{name: held for part, n in counts.items() for name, held in some(dataset, part, n)})
     interval = (settings.linear_steps if network == LINEAR else settings.steps) // POINTS
     schedule = loop.Schedule(interval * POINTS, interval, count if network == LINEAR else 60)
     runs = runs_of({"arm": ARMS, "rate": RATES[network]}, settings.seeds, settings.first_seed)

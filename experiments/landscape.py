@@ -30,10 +30,10 @@ from experiments.framework.experiment import WHY_FASTER, Experiment, Grid, Searc
 from experiments.framework.pictures import COLORS, dots, lines, panels
 from experiments.framework.results import final, side_by_side
 from experiments.framework.tables import table_of
-from experiments.training import loop, models
-from experiments.training.switched_norm import kind, switched
+from experiments.training import loop, switched_vgg
+from experiments.training.switched_norm import kind
+from experiments.training.switched_vgg import rate_of
 from jaxbn import diagnostics
-from jaxbn.training import LossOutput
 
 PLAIN, NORM, FROZEN = "plain", "batch norm", "frozen"
 P_NORMS = ["l1", "l2", "l-infinity"]
@@ -60,35 +60,22 @@ class Sizes(Settings):
 @cache
 def task(settings: Sizes) -> loop.Task:
     """The network with the run's normalizer, under SGD at its "rate", or at RATE where it has the "same" as all."""
-
-    def network(run: dict) -> models.Network:
-        return models.vgg(settings.blocks, switched(run), units=settings.units)
-
-    apply = network({}).apply
-
-    def rate(run: dict) -> jax.Array:
-        return jnp.where(run["same"] > 0, RATE, run["rate"])
-
-    def loss(variables: dict, batch: tuple, rng: jax.Array) -> LossOutput:
-        images, labels = batch
-        logits, stats = apply(variables, images, train=True)
-        return LossOutput(loop.softmax_loss(logits, labels), 1.0, stats)
+    rate = partial(rate_of, same=RATE)
+    plain = switched_vgg.task(settings.blocks, settings.units, lambda run: optax.sgd(rate(run)))
+    loss = loop.loss_of(plain.apply)
 
     def metrics(run: dict, state: dict, arrays: dict) -> dict:
         key = jax.random.fold_in(jax.random.key(run["seed"]), 2)
         batch = loop.take(arrays, jax.random.randint(key, (BATCH_SIZE,), 0, len(arrays["train_labels"])))
         return measured(loss, state["variables"], batch, rate(run))
 
-    def init(run: dict, key: jax.Array, x: jax.Array) -> dict:
-        return network(run).init(key, x)
-
-    return loop.Task(init, apply, lambda run: optax.sgd(rate(run)), metrics=metrics)
+    return plain._replace(metrics=metrics)
 
 
 def measured(loss: diagnostics.Loss, variables: dict, batch: tuple, rate: jax.Array) -> dict:
     """MEASURES at MULTIPLES of the rate, RELATIVE at DISTANCE, and SPREAD of the last training batch."""
     gradient = jax.grad(lambda params: loss({**variables, "params": params}, batch, None).loss_sum)(variables["params"])
-    equal = DISTANCE * optax.global_norm(variables["params"]) / optax.global_norm(gradient)
+    equal = DISTANCE * optax.tree.norm(variables["params"]) / optax.tree.norm(gradient)
     rates = jnp.append(rate * jnp.array(MULTIPLES), equal)
     seen = diagnostics.landscape(loss, variables, batch, rates=rates)
     along = jnp.append(seen.loss[:-1], seen.loss_here)

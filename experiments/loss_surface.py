@@ -29,10 +29,9 @@ from experiments.framework.experiment import WHY_FASTER, Drawn, Experiment, Grid
 from experiments.framework.pictures import COLORS, dots, figure, finish, lines, panels
 from experiments.framework.results import final, side_by_side
 from experiments.framework.tables import table_of
-from experiments.training import loop, models
-from experiments.training.switched_norm import kind, switched
+from experiments.training import loop, switched_vgg
+from experiments.training.switched_norm import kind
 from jaxbn import diagnostics
-from jaxbn.training import LossOutput
 
 PLAIN, NORM = "plain", "batch norm"
 ARMS = {PLAIN: kind(normalize=False), NORM: kind()}
@@ -84,14 +83,7 @@ def chosen(run: dict) -> optax.GradientTransformation:
 @cache
 def task(settings: Sizes) -> loop.Task:
     """The network with the run's normalizer and optimizer."""
-
-    def network(run: dict) -> models.Network:
-        return models.vgg(settings.blocks, switched(run), units=settings.units)
-
-    def init(run: dict, key: jax.Array, x: jax.Array) -> dict:
-        return network(run).init(key, x)
-
-    return loop.Task(init, network({}).apply, chosen)
+    return switched_vgg.task(settings.blocks, settings.units, chosen)
 
 
 def surfaces(trained: Trained) -> dict:
@@ -100,12 +92,8 @@ def surfaces(trained: Trained) -> dict:
     "along" [runs, other optimizer, statistics, point]; "plane" [runs, statistics, a, b] of the first seed; nan where
     none is measured.
     """
-
-    def loss(train: bool, variables: dict, batch: tuple, rng: jax.Array) -> LossOutput:
-        logits, stats = trained.task.apply(variables, batch[0], train=train)
-        return LossOutput(loop.softmax_loss(logits, batch[1]), 1.0, stats)
-
-    measure = partial(diagnostics.interpolate, partial(loss, True), partial(loss, False))
+    apply = trained.task.apply
+    measure = partial(diagnostics.interpolate, loop.loss_of(apply), loop.loss_of(apply, train=False))
     names, runs, networks = list(OPTIMIZERS), trained.runs, jax.device_get(trained.variables)
     along = np.full((len(runs), len(names), len(STATISTICS), len(LINE)), np.nan)
     plane = np.full((len(runs), len(STATISTICS), len(SIDE), len(SIDE)), np.nan)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import xarray as xr
@@ -27,10 +26,10 @@ from experiments.framework.experiment import WHY_FASTER, Experiment, Grid, Searc
 from experiments.framework.pictures import COLORS, dots, lines, panels
 from experiments.framework.results import final, side_by_side
 from experiments.framework.tables import table_of
-from experiments.training import loop, models
-from experiments.training.switched_norm import freeze, kind, switched
+from experiments.training import loop, switched_vgg
+from experiments.training.switched_norm import freeze, kind
+from experiments.training.switched_vgg import rate_of
 from jaxbn import diagnostics
-from jaxbn.training import LossOutput
 
 PLAIN, NORM, FROZEN = "plain", "batch norm", "batch norm, then frozen"
 ARMS = {PLAIN: kind(normalize=False), NORM: kind()}
@@ -53,17 +52,7 @@ class Sizes(Settings):
 @cache
 def task(settings: Sizes) -> loop.Task:
     """The network with the run's normalizer, under SGD at its "rate", or at RATE where it has the "same" as all."""
-
-    def network(run: dict) -> models.Network:
-        return models.vgg(settings.blocks, switched(run), units=settings.units)
-
-    def init(run: dict, key: jax.Array, x: jax.Array) -> dict:
-        return network(run).init(key, x)
-
-    def optimizer(run: dict) -> optax.GradientTransformation:
-        return optax.sgd(jnp.where(run["same"] > 0, RATE, run["rate"]))
-
-    return loop.Task(init, network({}).apply, optimizer)
+    return switched_vgg.task(settings.blocks, settings.units, lambda run: optax.sgd(rate_of(run, RATE)))
 
 
 def spectra(trained: Trained) -> dict:
@@ -71,10 +60,7 @@ def spectra(trained: Trained) -> dict:
 
     Networks that are none of the arm in question have no values. Curvature: g.Hg / (g.g greatest eigenvalue).
     """
-
-    def loss(variables: dict, batch: tuple, rng: jax.Array) -> LossOutput:
-        logits, stats = trained.task.apply(variables, batch[0], train=True)
-        return LossOutput(loop.softmax_loss(logits, batch[1]), 1.0, stats)
+    loss = loop.loss_of(trained.task.apply)
 
     @jax.jit
     def measured(variables: dict, seed: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -93,9 +93,10 @@ class Normalizer(Made, _Functions):
     def _parts(self) -> tuple:
         return self.init, alone(self.apply)
 
+    # `_replace` comes this way, and would pass by __new__. mypy adds keyword arguments that NamedTuple does not have.
     @classmethod
-    def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]  # mypy has a signature of its own.
-        return cls(*iterable)  # `_replace` comes this way, which would pass by __new__.
+    def _make(cls, iterable: Iterable[Any]) -> Self:  # type: ignore[override]
+        return cls(*iterable)
 
 
 @jax.tree_util.register_static

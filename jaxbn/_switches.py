@@ -37,6 +37,7 @@ def switched(apply: Callable) -> Callable:
         _, moved = apply(*lax.stop_gradient((variables, x)), train=True, **arguments)
         return y, moved
 
+    # mypy knows no attributes of functions. A class with __call__ would be shown and compared as no function is.
     both.__signature__ = _with_switches(signature)  # type: ignore[attr-defined]
     both.alone = apply  # type: ignore[attr-defined]
     return both

@@ -22,6 +22,7 @@ from jax import Array
 
 from experiments.errors import UserError
 from experiments.training.dataset import Dataset, pixels
+from jaxbn.training import LossOutput
 
 EVALUATION_BATCH = 1000  # images at a time: what a forward pass over the test set keeps in memory
 USUAL_SHAPE = (28, 28, 1)  # of images, as in MNIST
@@ -35,6 +36,16 @@ def softmax_loss(logits: Array, labels: Array) -> Array:
 def sigmoid_loss(logits: Array, labels: Array) -> Array:
     """Cross-entropy of a sigmoid per class against one-hot labels, mean over the batch *and the classes*."""
     return optax.sigmoid_binary_cross_entropy(logits, jax.nn.one_hot(labels, logits.shape[-1])).mean()
+
+
+def loss_of(apply: Callable, train: bool = True) -> Callable:
+    """The mean cross-entropy of a network as `jaxbn.diagnostics` wants it: loss(variables, (images, labels), rng)."""
+
+    def loss(variables: dict, batch: tuple[Array, Array], rng: Array) -> LossOutput:
+        logits, batch_stats = apply(variables, batch[0], train=train)
+        return LossOutput(softmax_loss(logits, batch[1]), 1.0, batch_stats)
+
+    return loss
 
 
 class Task(NamedTuple):
