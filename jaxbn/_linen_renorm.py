@@ -1,7 +1,6 @@
 """Batch renormalization as a Flax linen module, with Flax's names for arguments."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,10 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax.linen import dtypes
 
-from jaxbn._inputs import canonical_axes
+from jaxbn._linen_variables import declared
 from jaxbn._module_norm import arguments_of, moves_statistics
 from jaxbn._normalizer import Normalizer
-from jaxbn._running import init_batch_stats
 from jaxbn._shell import floating, widened, with_mask
 from jaxbn.variants._renorm import Limit, batch_renorm, paper_d_max, paper_r_max
 
@@ -93,7 +91,8 @@ class BatchRenorm(nn.Module):
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = floating(x)
-        params, stats = self._variables(x)
+        params, stats = declared(self, x)
+        stats["step"] = self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.int32))
         norm = self._norm(x, params)
         held = {name: variable.value for name, variable in stats.items()}
         held = widened({n: v for n, v in held.items() if n != "step"}, x.dtype) | {"step": held["step"]}
@@ -108,13 +107,3 @@ class BatchRenorm(nn.Module):
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
         overrides = {"dtype": dtype} | (_INITIALIZING if self.is_initializing() else {})
         return batch_renorm(**arguments_of(self, batch_renorm) | overrides)
-
-    def _variables(self, x):
-        shape = tuple(x.shape[axis] for axis in canonical_axes(self.axis, x.ndim))
-        start = partial(init_batch_stats, shape, jnp.promote_types(x.dtype, jnp.float32), decay=self.momentum)
-        names = jax.eval_shape(start)
-        stats = {name: self.variable("batch_stats", name, lambda n=name: start()[n]) for name in names}
-        stats["step"] = self.variable("batch_stats", "step", lambda: jnp.zeros((), jnp.int32))
-        used = {"scale": (self.use_scale, self.scale_init), "bias": (self.use_bias, self.bias_init)}
-        made = {n: self.param(n, init, shape, self.param_dtype) for n, (use, init) in used.items() if use}
-        return made, stats

@@ -10,7 +10,7 @@ from flax.nnx.nn import dtypes
 
 from jaxbn._module_norm import arguments_of, moves_statistics
 from jaxbn._running import init_batch_stats
-from jaxbn._shell import floating, widened, with_mask
+from jaxbn._shell import chosen_mode, floating, widened, with_mask
 from jaxbn.variants._renorm import Limit, batch_renorm, paper_d_max, paper_r_max
 
 Initializer = Callable[..., Any]
@@ -111,9 +111,7 @@ class BatchRenorm(nnx.Module):
         Raises:
           ValueError: use_running_average is None here and in the module; and as `jaxbn.batch_renorm` raises.
         """
-        chosen = self.use_running_average if use_running_average is None else use_running_average
-        if chosen is None:
-            raise ValueError("use_running_average is None in the module and in the call; pass it to either.")
+        chosen = chosen_mode(use_running_average, self.use_running_average)
         x = floating(x)
         params = {n: v[...] for n in ("scale", "bias") if (v := getattr(self, n)) is not None}
         stats = {name: getattr(self, name) for name in ("mean", "var", "weight", "step") if hasattr(self, name)}

@@ -72,6 +72,17 @@ def with_mask(arguments: dict[str, Any], mask: jax.typing.ArrayLike | None) -> d
     return arguments | {"where": as_where(mask)}
 
 
+def chosen_mode(in_call: bool | None, in_module: bool | None) -> bool:
+    """`use_running_average` of a call of an nnx module: what the call says, else what the module says."""
+    chosen = in_module if in_call is None else in_call
+    if chosen is None:
+        raise ValueError(
+            "use_running_average is None in the module and in the call; pass it to either, or call the model's train()"
+            " or eval() first."
+        )
+    return chosen
+
+
 def _norm_of(module: Any, overrides: dict[str, Any]) -> Normalizer:
     fields = {name: getattr(module, name) for name in _FIELDS}
     return batch_norm(**{"decay": module.momentum, "feature_axis": module.axis} | fields | overrides)

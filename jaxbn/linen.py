@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import dtypes
 
-from jaxbn._inputs import canonical_axes
 from jaxbn._linen_renorm import BatchRenorm as BatchRenorm
+from jaxbn._linen_variables import declared
 from jaxbn._module_norm import Chosen, Make, made_for
 from jaxbn._module_norm import normalizer_of as normalizer_of
 from jaxbn._normalizer import Normalizer, OneDrawNormalizer
-from jaxbn._running import init_batch_stats
 from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask
 from jaxbn.variants._frozen import PathFilter
 
@@ -109,16 +108,7 @@ class BatchNorm(nn.BatchNorm):
         """
         use_running_average = nn.merge_param("use_running_average", self.use_running_average, use_running_average)
         x = floating(x)
-        shape = tuple(x.shape[axis] for axis in canonical_axes(self.axis, x.ndim))
-        stats_dtype = jnp.promote_types(x.dtype, jnp.float32)
-        start = partial(init_batch_stats, shape, stats_dtype, decay=self.momentum, debias=self.debias)
-        names = jax.eval_shape(start)
-        stats = {name: self.variable("batch_stats", name, lambda n=name: start()[n]) for name in names}
-        params = {}
-        if self.use_scale:
-            params["scale"] = self.param("scale", self.scale_init, shape, self.param_dtype)
-        if self.use_bias:
-            params["bias"] = self.param("bias", self.bias_init, shape, self.param_dtype)
+        params, stats = declared(self, x, self.debias)
         dtype = dtypes.canonicalize_dtype(x, *params.values(), dtype=self.dtype)
         overrides = {"dtype": dtype} | (_INITIALIZING if self.is_initializing() else {})
         variables = {"params": params, "batch_stats": widened({n: v.value for n, v in stats.items()}, x.dtype)}

@@ -20,7 +20,7 @@ from jaxbn._nnx_renorm import BatchRenorm as BatchRenorm
 from jaxbn._normalizer import Normalizer, OneDrawNormalizer
 from jaxbn._record import running_part
 from jaxbn._running import init_batch_stats
-from jaxbn._shell import apply_batch_norm, as_where, floating, widened, with_mask
+from jaxbn._shell import apply_batch_norm, as_where, chosen_mode, floating, widened, with_mask
 from jaxbn.variants._frozen import PathFilter
 
 Initializer = Callable[..., Any]
@@ -162,7 +162,7 @@ class BatchNorm(nnx.BatchNorm):
         Raises:
           ValueError: use_running_average is None here and in the module; and as `jaxbn.batch_norm` raises.
         """
-        use_running_average = _chosen(use_running_average, self.use_running_average)
+        use_running_average = chosen_mode(use_running_average, self.use_running_average)
         update = not use_running_average if update is None else update
         variables = {name: getattr(self, name) for name in ("mean", "var", "weight") if hasattr(self, name)}
         stats = {name: variable.get_value() for name, variable in variables.items()}
@@ -249,7 +249,7 @@ class Norm(nnx.Module):
           ValueError: use_running_average is None here and in the module; mask beside where; and what the normalizer
             raises.
         """
-        use_running_average = _chosen(use_running_average, self.use_running_average)
+        use_running_average = chosen_mode(use_running_average, self.use_running_average)
         arguments = with_mask(arguments, mask)
         if "rng" not in arguments and self.rngs is not None:
             arguments["rng"] = self.rngs()
@@ -270,16 +270,6 @@ class Norm(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
         return {}  # Flax 0.12.4 asks for the arguments that were not used.
-
-
-def _chosen(in_call: bool | None, in_module: bool | None) -> bool:
-    chosen = in_module if in_call is None else in_call
-    if chosen is None:
-        raise ValueError(
-            "use_running_average is None in the module and in the call; pass it to either, or call the model's train()"
-            " or eval() first."
-        )
-    return chosen
 
 
 def _stream(norm: Normalizer, stream: nnx.RngStream) -> nnx.RngStream:
