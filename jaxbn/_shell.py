@@ -8,11 +8,8 @@ import jax.numpy as jnp
 
 from jaxbn._batch_norm import batch_norm
 from jaxbn._checks import SingleValueError
-from jaxbn._normalizer import Normalizer
+from jaxbn._module_norm import arguments_of
 from jaxbn._record import is_recorded
-
-_SCOPE = ("axis_name", "axis_index_groups", "group_size", "pool_axis_name")
-_FIELDS = (*_SCOPE, "epsilon", "unbiased", "debias", "use_scale", "use_bias", "activation", "skip_nonfinite")
 
 _warned: set[str] = set()
 
@@ -31,15 +28,15 @@ def apply_batch_norm(
       overrides: arguments of `batch_norm` that go before the fields.
       **arguments: of its apply.
     """
-    allow = overrides.get("allow_single_value", module.allow_single_value)
+    fields, allow = arguments_of(module, batch_norm), overrides.get("allow_single_value", module.allow_single_value)
     try:
-        norm = _norm_of(module, overrides | {"allow_single_value": bool(allow)})
+        norm = batch_norm(**fields | overrides | {"allow_single_value": bool(allow)})
         return norm.apply(variables, x, train=train, **arguments)
     except SingleValueError as error:
         if allow is not None:
             raise
         _warn_once(f"{error} (The Flax layers go on, as Flax's own do; allow_single_value=False refuses.)")
-    norm = _norm_of(module, overrides | {"allow_single_value": True})
+    norm = batch_norm(**fields | overrides | {"allow_single_value": True})
     return norm.apply(variables, x, train=train, **arguments)
 
 
@@ -81,11 +78,6 @@ def chosen_mode(in_call: bool | None, in_module: bool | None) -> bool:
             " or eval() first."
         )
     return chosen
-
-
-def _norm_of(module: Any, overrides: dict[str, Any]) -> Normalizer:
-    fields = {name: getattr(module, name) for name in _FIELDS}
-    return batch_norm(**{"decay": module.momentum, "feature_axis": module.axis} | fields | overrides)
 
 
 def _warn_once(message: str) -> None:
