@@ -1,0 +1,249 @@
+"""Batch, layer, group, instance and weight norm and none as one normalizer: all train in one compiled program.
+
+A layer computes `scale (h - mean) / size + bias` of its pre-activations h = W x. What differs is of what the moments are:
+
+    batch norm       one feature over all examples and positions; running averages at test time
+    layer norm       one example, over all features and positions
+    group norm       one example and one of GROUPS groups of features, over these and the positions
+    instance norm    one example and one feature, over the positions; a dense layer has none and stays as it is
+    weight norm      mean 0, and for size the length of the row of W that makes the feature
+    none             mean 0 and size 1, and no scale
+
+So the moments of each example and feature over the positions, [examples, features], give all others by averaging.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import jaxbn
+from experiments.training import models
+from experiments.training.resnet import patch_convolve, small_resnet, xla_convolve
+
+KINDS = NONE, BATCH, LAYER, GROUP, INSTANCE, WEIGHT = (
+    "none",
+    "batch norm",
+    "layer norm",
+    "group norm",
+    "instance norm",
+    "weight norm",
+)
+GROUPS = 2
+DECAY, EPSILON = 0.9, 1e-5
+
+Build = Callable[[jaxbn.Normalizer], models.Network]
+Pair = tuple[Array, Array]
+
+
+def by_position(x: Array) -> Pair:
+    """Mean and variance of each example and feature over the positions: [examples, features]; x: [examples, ..., features]."""
+    axes = tuple(range(1, x.ndim - 1))
+    mean = jnp.mean(x, axes)
+    return mean, jnp.mean((x - jnp.expand_dims(mean, axes)) ** 2, axes)
+
+
+def pooled(parts: Pair, axis: int) -> Pair:
+    """Mean and variance of equally many values each, put together along an axis, which stays with one entry."""
+    mean, var = parts
+    whole = jnp.mean(mean, axis, keepdims=True)
+    return whole, jnp.mean(var + (mean - whole) ** 2, axis, keepdims=True)
+
+
+def in_groups(parts: Pair) -> Pair:
+    """`pooled` within each of GROUPS groups of neighbouring features; [examples, features] again."""
+    examples, features = parts[0].shape
+    of_groups = pooled(tuple(part.reshape(examples, GROUPS, -1) for part in parts), -1)
+    return tuple(jnp.repeat(part[..., 0], features // GROUPS, -1) for part in of_groups)
+
+
+def switched(kind: Array) -> jaxbn.Normalizer:
+    """The normalizer whose number in KINDS is `kind`, which may be traced; of weight norm the scale and the bias."""
+
+    def has(*kinds: str) -> Array:
+        return jnp.any(jnp.stack([kind == KINDS.index(name) for name in kinds]))
+
+    def init(key: Array, x: Array) -> dict:
+        features = x.shape[-1:]
+        params = {"scale": jnp.ones(features), "bias": jnp.zeros(features)}
+        return {"params": params, "batch_stats": {"mean": jnp.zeros(features), "var": jnp.ones(features)}}
+
+    def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, dict]:
+        params, stats = variables["params"], variables["batch_stats"]
+        own = by_position(x)
+        batch = pooled(own, 0)
+        running = stats["mean"][None], stats["var"][None]
+        of_kind = {BATCH: batch if train else running, LAYER: pooled(own, 1), GROUP: in_groups(own)}
+        of_kind |= {INSTANCE: own} if x.ndim > 2 else {}
+        mean, var = jnp.zeros_like(own[0]), jnp.ones_like(own[1])
+        for name, (its_mean, its_var) in of_kind.items():
+            mean, var = jnp.where(has(name), its_mean, mean), jnp.where(has(name), its_var, var)
+        factor = jnp.where(has(*of_kind), jax.lax.rsqrt(var + EPSILON), 1.0)
+        factor *= jnp.where(has(*of_kind, WEIGHT), params["scale"], 1.0)[None]
+        axes = tuple(range(1, x.ndim - 1))
+        y = (x - jnp.expand_dims(mean, axes)) * jnp.expand_dims(factor, axes)
+        moved = {name: DECAY * stats[name] + (1 - DECAY) * part[0] for name, part in zip(stats, batch, strict=True)}
+        return y + params["bias"].reshape((1,) * (x.ndim - 1) + (-1,)), moved if train else stats
+
+    return jaxbn.Normalizer(init, apply)
+
+
+def map_normalized(f: Callable[..., dict], params: Any, *others: Any) -> Any:
+    """`f(layer, *others)` for each layer that has a norm; params of `models.stack` or of `resnet`, others likewise."""
+    if isinstance(params, list):
+        mapped = [f(layer, *rest) for layer, *rest in zip(params, *others, strict=False) if "norm" in layer]
+        return [*mapped, *(layer for layer in params if "norm" not in layer)]
+    return {name: f(p, *(o[name] for o in others)) if "norm" in p else p for name, p in params.items()}
+
+
+def map_kernels(f: Callable[[Array], Array], params: Any) -> Any:
+    """`f(kernel)` in place of the kernel of each layer that has a norm."""
+
+    def one(layer: dict) -> dict:
+        if "layer" in layer:
+            return {**layer, "layer": {**layer["layer"], "kernel": f(layer["layer"]["kernel"])}}
+        return {**layer, "kernel": f(layer["kernel"])}
+
+    return map_normalized(one, params)
+
+
+def feature_axis(shape: models.Shape) -> int:
+    """Where a kernel has its output features: dense [features, inputs], convolution [height, width, inputs, features]."""
+    return 0 if len(shape) == 2 else -1
+
+
+def fans(shape: models.Shape) -> tuple[int, int]:
+    """The number of inputs of a unit, and of units that an input reaches."""
+    outputs, inputs = (shape[0], shape[1]) if len(shape) == 2 else (shape[-1], shape[-2])
+    positions = np.prod(shape[:-2], dtype=int)
+    return int(positions * inputs), int(positions * outputs)
+
+
+def he_over_xavier(shape: models.Shape) -> float:
+    """The standard deviation of He et al. 2015, sqrt(2 / in), over that of Glorot and Bengio 2010, sqrt(2 / (in + out))."""
+    inputs, outputs = fans(shape)
+    return float(np.sqrt((inputs + outputs) / inputs))
+
+
+def unit_rows(kernel: Array) -> Array:
+    """Weight norm's kernel with a gain of 1."""
+    axis = feature_axis(kernel.shape)
+    return jaxbn.weight_norm(kernel, jnp.ones(kernel.shape[axis], kernel.dtype), feature_axis=axis)
+
+
+HE = models.Weights(jax.random.normal, lambda shape: float(np.sqrt(2 / fans(shape)[0])))
+
+
+def mlp(halved: bool, norm: jaxbn.Normalizer) -> models.Network:
+    """Three hidden layers of 100 units."""
+    return models.mlp((100, 100, 100), norm, use_bias=False, activation=jax.nn.relu, weights=HE)
+
+
+def lenet(halved: bool, norm: jaxbn.Normalizer) -> models.Network:
+    """LeNet-5 with ReLU; for images of half the height and width without its second pooling, which leaves 3 x 3 pixels."""
+    second, third = conv5x5(16, padding=0), models.dense(120, use_bias=False)
+    layers = [conv5x5(6, padding=2), models.after_pooling(second), third if halved else models.after_pooling(third)]
+    layers.append(models.dense(84, use_bias=False))
+    return models.stack(layers, models.dense(10, use_bias=True), norm, jax.nn.relu, HE)
+
+
+def resnet8(halved: bool, norm: jaxbn.Normalizer) -> models.Network:
+    """A residual network of 8 layers; of half the width for images of half the height and width."""
+    width, convolve = (8, patch_convolve) if halved else (16, xla_convolve)
+    return small_resnet(8, norm, width=width, convolve=convolve)
+
+
+NETWORKS = {"MLP": mlp, "LeNet": lenet, "ResNet-8": resnet8}
+
+
+def conv5x5(features: int, *, padding: int) -> models.Layer:
+    """A 5 x 5 convolution as one matrix product, which is faster inside loops on a CPU: see `models.patches3x3`."""
+
+    def apply(weights: dict, x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        rows, columns = (length - 4 for length in padded.shape[1:3])
+        slices = [padded[:, i : i + rows, j : j + columns] for i in range(5) for j in range(5)]
+        return jnp.concatenate(slices, -1) @ weights["kernel"].reshape(-1, features)
+
+    return models.Layer(lambda shape: (5, 5, shape[-1], features), apply, features, use_bias=False)
+
+
+class Rivals:
+    """A network under the normalizer, the initial weights and the inputs of each run.
+
+    A run holds "kind", a number in KINDS, and "he" and "standardized", 1 or 0: whether initial weights are He's, else
+    Xavier's, and whether images are standardized by one mean and one deviation of all training pixels. The head starts
+    alike in all runs. Weight norm starts as its authors have it: gain and bias standardize every unit on `first`.
+    Kind and "standardized" lie among the statistics, since `apply` is given nothing else of a run.
+    """
+
+    def __init__(self, build: Build, halved: bool, first: np.ndarray, moments: tuple[float, float]):
+        """`first`: training images [n, height, width, channels] in [0, 1]; moments: mean and deviation of their pixels."""
+        self.build, self.halved, self.first, self.moments = build, halved, first, moments
+        self._measure = jax.jit(self._measured)
+
+    def init(self, run: dict, key: Array, x: Array) -> dict:
+        """Variables of a run; x: [batch, height, width, channels]."""
+        kind = run["kind"]
+        variables = self.build(switched(kind)).init(key, self._seen(x, run["standardized"]))
+
+        def start(kernel: Array) -> Array:
+            return jnp.where(run["he"] > 0, 1.0, 1 / he_over_xavier(kernel.shape)) * kernel
+
+        params = map_kernels(start, variables["params"])
+        measured = self._measure(params, variables["batch_stats"], run["standardized"])
+        weight = kind == KINDS.index(WEIGHT)
+
+        def with_start(layer: dict, found: Pair) -> dict:
+            of_norm = layer["norm"]
+            moments = jaxbn.Moments(jnp.ones(()), *found)
+            scale, bias = jaxbn.weight_norm_init(of_norm["scale"], of_norm["bias"], moments)
+            norm = {"scale": jnp.where(weight, scale, 1.0), "bias": jnp.where(weight, bias, 0.0)}
+            return {**layer, "norm": norm}
+
+        # Copies: a training step consumes the state that it is given, and these are the run's own.
+        numbers = {name: jnp.array(run[name], jnp.float32) for name in ("kind", "standardized")}
+        stats = {"norms": variables["batch_stats"], "run": numbers}
+        return {"params": map_normalized(with_start, params, measured), "batch_stats": stats}
+
+    def apply(self, variables: dict, x: Array, *, train: bool) -> tuple[Array, dict]:
+        """Logits and the moved statistics."""
+        logits, stats = self._run(lambda norm: norm, variables, x, train)
+        return logits, {**variables["batch_stats"], "norms": stats}
+
+    def look(self, variables: dict, x: Array) -> tuple[Array, Array]:
+        """Logits in training mode, and the deviation of what each activation gets, mean square over units: [layers]."""
+
+        def deviation(x: Array, y: Array) -> Array:
+            return jnp.sqrt(jnp.mean(jnp.var(y, tuple(range(y.ndim - 1)))))
+
+        logits, found = self._run(lambda norm: models.watched(norm, deviation), variables, x, True)
+        return logits, jnp.stack(jax.tree.leaves(found))
+
+    def _run(self, lift: Callable, variables: dict, x: Array, train: bool) -> tuple[Array, Any]:
+        run = variables["batch_stats"]["run"]
+        weight = run["kind"] == KINDS.index(WEIGHT)
+        params = map_kernels(lambda kernel: jnp.where(weight, unit_rows(kernel), kernel), variables["params"])
+        network = self.build(lift(switched(run["kind"])))
+        own = {"params": params, "batch_stats": variables["batch_stats"]["norms"]}
+        return network.apply(own, self._seen(x, run["standardized"]), train=train)
+
+    def _seen(self, x: Array, standardized: Array) -> Array:
+        """Images as the network sees them."""
+        mean, deviation = self.moments
+        x = models.pool2x2(x) if self.halved else x
+        return jnp.where(standardized > 0, (x - mean) / deviation, x)
+
+    def _measured(self, params: Any, stats: Any, standardized: Array) -> Any:
+        """Mean and variance of every feature on the first images, by layer, where all below are standardized."""
+        watched = models.watched(switched(jnp.asarray(KINDS.index(BATCH))), lambda x, y: _of_features(x))
+        variables = {"params": map_kernels(unit_rows, params), "batch_stats": stats}
+        seen = self._seen(jnp.asarray(self.first), standardized)
+        return self.build(watched).apply(variables, seen, train=True)[1]
+
+
+def _of_features(x: Array) -> Pair:
+    return tuple(part[0] for part in pooled(by_position(x), 0))
