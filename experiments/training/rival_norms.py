@@ -13,7 +13,8 @@ So the moments of each example and feature over the positions, [examples, featur
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jax import Array
 
 import jaxbn
 from experiments.training import models
-from experiments.training.resnet import patch_convolve, small_resnet, xla_convolve
+from experiments.training.resnet import patch_convolve, small_resnet
 
 KINDS = NONE, BATCH, LAYER, GROUP, INSTANCE, WEIGHT = (
     "none",
@@ -35,7 +36,6 @@ KINDS = NONE, BATCH, LAYER, GROUP, INSTANCE, WEIGHT = (
 GROUPS = 2
 DECAY, EPSILON = 0.9, 1e-5
 
-Build = Callable[[jaxbn.Normalizer], models.Network]
 Pair = tuple[Array, Array]
 
 
@@ -54,8 +54,9 @@ def over_examples(mean: Array, var: Array) -> Pair:
 
 def over_features(mean: Array, var: Array, averages: Array) -> Pair:
     """The same of each example over features: [examples, features]; averages: [features, features], see `averaging`."""
-    whole = mean @ averages
-    return whole, (var + (mean - whole) ** 2) @ averages
+    average = partial(jnp.matmul, b=averages, precision="highest")  # a GPU would round to 11 bits
+    whole = average(mean)
+    return whole, average(var + (mean - whole) ** 2)
 
 
 def averaging(kind: Array, features: int) -> Array:
@@ -143,23 +144,41 @@ def unit_rows(kernel: Array) -> Array:
 HE = models.Weights(jax.random.normal, lambda shape: float(np.sqrt(2 / fans(shape)[0])))
 
 
-def mlp(halved: bool, stages: int, norm: jaxbn.Normalizer) -> models.Network:
+class Sizes(NamedTuple):
+    """Of the networks.
+
+    Attributes:
+      halved: whether they see images of half the height and width.
+      stages: of the residual network; it has 2 stages + 2 layers.
+      width: number of filters of its first stage; each further stage has twice as many.
+    """
+
+    halved: bool
+    stages: int
+    width: int
+
+
+def mlp(sizes: Sizes, norm: jaxbn.Normalizer) -> models.Network:
     """Three hidden layers of 100 units."""
     return models.mlp((100, 100, 100), norm, use_bias=False, activation=jax.nn.relu, weights=HE)
 
 
-def lenet(halved: bool, stages: int, norm: jaxbn.Normalizer) -> models.Network:
+def lenet(sizes: Sizes, norm: jaxbn.Normalizer) -> models.Network:
     """LeNet-5 with ReLU; for halved images without its second pooling, since 3 x 3 pixels are left there."""
     second, third = conv5x5(16, padding=0), models.dense(120, use_bias=False)
-    layers = [conv5x5(6, padding=2), models.after_pooling(second), third if halved else models.after_pooling(third)]
+    layers = [
+        conv5x5(6, padding=2),
+        models.after_pooling(second),
+        third if sizes.halved else models.after_pooling(third),
+    ]
     layers.append(models.dense(84, use_bias=False))
     return models.stack(layers, models.dense(10, use_bias=True), norm, jax.nn.relu, HE)
 
 
-def resnet(halved: bool, stages: int, norm: jaxbn.Normalizer) -> models.Network:
-    """A residual network of 8 layers in three stages, or of 2 `stages` + 2; for halved images of half the width."""
-    width, convolve = (8, patch_convolve) if halved else (16, xla_convolve)
-    return small_resnet(2 * stages + 2, norm, width=width, stages=stages, convolve=convolve)
+def resnet(sizes: Sizes, norm: jaxbn.Normalizer) -> models.Network:
+    """A residual network with one block in each stage."""
+    depth = 2 * sizes.stages + 2
+    return small_resnet(depth, norm, width=sizes.width, stages=sizes.stages, convolve=patch_convolve)
 
 
 NETWORKS = {"MLP": mlp, "LeNet": lenet, "ResNet-8": resnet}
@@ -188,9 +207,16 @@ class Rivals:
     Kind and "standardized" lie among the statistics, since `apply` is given nothing else of a run.
     """
 
-    def __init__(self, build: Build, halved: bool, first: np.ndarray, moments: tuple[float, float]):
+    def __init__(
+        self,
+        build: Callable[[Sizes, jaxbn.Normalizer], models.Network],
+        sizes: Sizes,
+        first: np.ndarray,
+        moments: tuple[float, float],
+    ):
         """Images [n, height, width, channels] in [0, 1] to start from; mean and deviation of the pixels of all."""
-        self.build, self.halved, self.first, self.moments = build, halved, first, moments
+        self.build, self.halved = partial(build, sizes), sizes.halved
+        self.first, self.moments = first, moments
         self._measure = jax.jit(self._measured)
 
     def init(self, run: dict, key: Array, x: Array) -> dict:
