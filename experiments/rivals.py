@@ -82,6 +82,8 @@ SHADES |= dict.fromkeys((*OF_EXAMPLES, WEIGHT), "#2d8659")
 FIRST, SEEN, SHARED = 100, 15 * BATCH_SIZE, 10  # digits: to start weight norm, looked at, common to two batches
 ACCURACIES = ("accuracy on training digits", "accuracy on test digits", "accuracy at low contrast")
 CONTRAST = 3.0  # by which test digits are divided
+GAINS = ("without batch norm", "with batch norm")  # that weight decay brings
+CHANGE = "relative change of the outputs for ten digits in training mode when the other 54 of a batch are exchanged"
 LOST = "test accuracy minus that on the same digits with a third of their contrast"
 COMPARED = [PLAIN, BATCH, *OF_EXAMPLES, WEIGHT]
 
@@ -203,9 +205,8 @@ def above(r: xr.Dataset, arms: list[str]) -> xr.DataArray:
 
 def decay_gains(r: xr.Dataset) -> xr.DataArray:
     """What weight decay gains in final test accuracy, without and with batch norm."""
-    pairs = {"without": (DECAYED, PLAIN), "with": (BATCH_DECAYED, BATCH)}
-    gains = [Compared(best, *pair)(r) for pair in pairs.values()]
-    return xr.concat(gains, "batch norm").assign_coords({"batch norm": list(pairs)})
+    gains = [Compared(best, DECAYED, PLAIN)(r), Compared(best, BATCH_DECAYED, BATCH)(r)]
+    return xr.concat(gains, "gain").assign_coords(gain=list(GAINS))
 
 
 def figures(r: xr.Dataset) -> xr.DataArray:
@@ -296,7 +297,7 @@ EXPERIMENT = Experiment(
             source="a control of ours",
         ),
         better(
-            "With batch norm weight decay gains less.", Compared(decay_gains, "without", "with", "batch norm"),
+            "With batch norm weight decay gains less.", Compared(decay_gains, *GAINS, axis="gain"),
             measures="what weight decay gains in final test accuracy", above=0.0,
             source=f"{IOFFE}, section 4.2.1, who weaken it fivefold",
         ),
@@ -329,13 +330,12 @@ EXPERIMENT = Experiment(
         Claim(
             "With batch norm the output for an example depends on the others of its batch.",
             lambda r: r.influence.sel(arm=BATCH, drop=True),
-            measures="relative change of the outputs for ten digits in training mode when the other 54 are exchanged",
-            unit="of the outputs", above=0.05, source=f"{IOFFE}, section 3.4",
+            measures=CHANGE, unit="of the outputs", above=0.05, source=f"{IOFFE}, section 3.4",
         ),
         Claim(
             "With layer, group and instance norm it does not.",
-            lambda r: defined(r.influence).sel(arm=OF_EXAMPLES), measures="the same", unit="of the outputs",
-            exact=1e-5, source=WU,
+            lambda r: defined(r.influence).sel(arm=OF_EXAMPLES), measures=CHANGE, unit="of the outputs", exact=1e-5,
+            source=WU,
         ),
         better(
             "Layer, group and instance norm do not see the contrast of an image.",
@@ -352,7 +352,9 @@ EXPERIMENT = Experiment(
         table_of(
             "Final test accuracy minus that of batch norm", lambda r: -above(r, [a for a in ARMS if a != BATCH]),
             rows=["arm"], columns="network", published=PUBLISHED, form="+.3f",
-            note="Published: ResNet-50 on ImageNet, batch 32 a device (Wu and He 2018, table 1, as remembered).",
+            note="Published: ResNet-50 on ImageNet, batch 32 a device (Wu and He 2018, table 1, as remembered). On"
+            " CIFAR-10 Salimans and Kingma 2016 (table 1, as remembered) have errors of 8.43% without norm, 8.46% with"
+            " weight norm and 8.05% with batch norm.",
         ),
         table_of("Test accuracy after a quarter of the steps", early, rows=["arm"], columns="network"),
         table_of(
