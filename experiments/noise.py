@@ -385,15 +385,15 @@ EXPERIMENT = Experiment(
         panels(
             draw_arms, draw_dropout, file="noise.png", size=(5.6, 3.8),
             title="Does the noise of batch statistics help a network to generalize, and is dropout still needed?",
-            caption="MLP on 3,500 digits. All networks take steps of the same 256 examples; those with batch norm differ"
-            " in over how many of them statistics are taken. 'Noise put back': statistics of all, plus Gaussian noise as"
-            " great as that of statistics of 16. Left: a dot a seed, a bar their mean. Right: means of the seeds; bands:"
-            " their range.",
+            caption="MLP on 3,500 digits. All networks take steps of the same 256 examples; those with batch norm"
+            " differ in over how many of them statistics are taken. 'Noise put back': statistics of all, plus Gaussian"
+            " noise as great as that of statistics of 16. Left: a dot a seed, a bar their mean. Right: means of the"
+            " seeds; bands: their range.",
         ),
         panels(
             partial(draw_by_size, accuracy, {"ylabel": "final test accuracy", "title": "Accuracy"}),
             partial(draw_by_size, gap, {"ylabel": "test loss - training loss", "title": "The generalization gap"}),
-            file="groups.png", size=(5.6, 3.8),
+            file="groups.png", size=(4.6, 3.4),
             title="Of how many examples should statistics be taken, with and without dropout?",
             caption="The fewer examples, the more noise. The same networks with batch norm; lines: means of the seeds,"
             " bands: their range.",
