@@ -244,6 +244,7 @@ def draw_trust(figure: str, words: str, ax: Axes, settings: Sizes, r: xr.Dataset
 
 of_accuracy = partial(Claim, measures="final test accuracy, each arm at its best rate", unit="of test accuracy")
 by_samples = partial(Claim, source=TEYE)
+
 EXPERIMENT = Experiment(
     title="Batch norm regularizes by the noise of its statistics, and takes the place of dropout.",
     question="Does the noise of batch statistics help a network to generalize, and is dropout still needed?",
@@ -258,7 +259,8 @@ EXPERIMENT = Experiment(
     " digits for 30 epochs. Luo et al. vary the batch of SGD with that of batch norm, and estimate population"
     " statistics from many examples; here SGD always takes 256, which also stand for the population, and their decay,"
     " which they derive for one layer, has a strength chosen on validation. Noise put back is drawn for each unit by"
-    " itself, that of real batches is shared. Abstracts and summaries of the sources were read, and figure 1 of Li et"
+    " itself, that of real batches is shared. Running variances are averages of biased ones, as in Flax, hence too small"
+    " where groups are. Abstracts and summaries of the sources were read, and figure 1 of Li et"
     " al.; section 3.4 of Ioffe and Szegedy, and that Wu and He 2018 find small batches to hurt, are as remembered.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=1, width=8, samples=3, unknown="mnist5k"),
@@ -384,7 +386,7 @@ EXPERIMENT = Experiment(
     pictures=[
         panels(
             draw_arms, draw_dropout, file="noise.png", size=(5.6, 3.8),
-            title="Does the noise of batch statistics help a network to generalize, and is dropout still needed?",
+            title="Does the noise of batch statistics help, and is dropout still needed?",
             caption="MLP on 3,500 digits. All networks take steps of the same 256 examples; those with batch norm"
             " differ in over how many of them statistics are taken. 'Noise put back': statistics of all, plus Gaussian"
             " noise as great as that of statistics of 16. Left: a dot a seed, a bar their mean. Right: means of the"
@@ -394,7 +396,7 @@ EXPERIMENT = Experiment(
             partial(draw_by_size, accuracy, {"ylabel": "final test accuracy", "title": "Accuracy"}),
             partial(draw_by_size, gap, {"ylabel": "test loss - training loss", "title": "The generalization gap"}),
             file="groups.png", size=(4.6, 3.4),
-            title="Of how many examples should statistics be taken, with and without dropout?",
+            title="Over how many examples should statistics be taken?",
             caption="The fewer examples, the more noise. The same networks with batch norm; lines: means of the seeds,"
             " bands: their range.",
         ),
