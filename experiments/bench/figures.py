@@ -84,7 +84,7 @@ def step_times(rows: list[steps.Row]) -> list[Table]:
         ]
         for row in rows
     ]
-    return [Table("A training step, float32, SGD", ["network", "jaxbn, ms", *(f"over {n}" for n in names)], body)]
+    return [Table("A training step, SGD", ["network", "jaxbn, ms", *(f"over {n}" for n in names)], body)]
 
 
 def kept(rows: list[memory.Row]) -> list[Table]:
