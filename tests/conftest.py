@@ -10,17 +10,23 @@ import os
 # Read once, when JAX starts its backend: it has to stand before the first import of jax. Most of the time goes into
 # compiling; without the backend's optimizations that takes 40% less. What depends on them asks for them (FULL), and
 # what the environment says goes last and wins.
-ON_CPU = os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu"
-if ON_CPU:
-    os.environ["XLA_FLAGS"] = " ".join(
-        ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0", os.getenv("XLA_FLAGS", "")]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+        if os.environ["JAX_PLATFORMS"] == "cpu"
+        else []
     )
+    + [os.environ.get("XLA_FLAGS", "")]
+)
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+
+ON_CPU = os.environ["JAX_PLATFORMS"] == "cpu"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if not ON_CPU:  # which multiply float32 in fewer bits, unless told
