@@ -259,9 +259,9 @@ EXPERIMENT = Experiment(
     " digits for 30 epochs. Luo et al. vary the batch of SGD with that of batch norm, and estimate population"
     " statistics from many examples; here SGD always takes 256, which also stand for the population, and their decay,"
     " which they derive for one layer, has a strength chosen on validation. Noise put back is drawn for each unit by"
-    " itself, that of real batches is shared. Running variances are averages of biased ones, as in Flax, hence too small"
-    " where groups are. Abstracts and summaries of the sources were read, and figure 1 of Li et"
-    " al.; section 3.4 of Ioffe and Szegedy, and that Wu and He 2018 find small batches to hurt, are as remembered.",
+    " itself, that of real batches is shared. Running variances are averages of biased ones, as in Flax: too small"
+    " where groups are. Abstracts and summaries of the sources were read, and figure 1 of Li et al.; section 3.4 of"
+    " Ioffe and Szegedy, and that Wu and He 2018 find small batches to hurt, are as remembered.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=1, width=8, samples=3, unknown="mnist5k"),
         "cpu": Sizes(seeds=9, data="mnist5k", steps=390, interval=195),
