@@ -26,6 +26,7 @@ test time in a network without norm. Unknown images are 1,000 pieces of clothing
 any result was seen; there was no pilot.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -210,7 +211,7 @@ def both_networks(r: xr.Dataset) -> xr.DataArray:
     return found.assign_coords(how=list(HOWS), figure=list(FIGURES))
 
 
-def draw_by_size(values, words: dict, ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
+def draw_by_size(values: Callable, words: dict, ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """One figure by the number of examples of which statistics are taken, a line for each dropout."""
     shown = values(r).sel(arm=list(SIZES)).assign_coords(arm=list(SIZES.values())).rename("value")
     named = shown.assign_coords(dropout=[f"dropout {p:g}" if p else "no dropout" for p in DROPOUTS])
