@@ -95,11 +95,9 @@ def with_averages(trained: Trained) -> dict:
     images, labels = trained.arrays["test_images"], trained.arrays["test_labels"]
 
     @jax.jit
+    @jax.vmap
     def accuracies(variables: dict) -> jax.Array:
-        def one(variables: dict) -> jax.Array:
-            return loop.accuracy(trained.task.apply, averaged_over_time(variables), images, labels)
-
-        return jax.lax.map(one, variables, batch_size=10)
+        return loop.accuracy(trained.task.apply, averaged_over_time(variables), images, labels)
 
     return {"accuracy_averaged": ((), accuracies(trained.variables))}
 
@@ -113,7 +111,7 @@ def gradients(settings: Sizes) -> Iterator[Stage]:
 def measured_gradients(settings: Sizes, order: str) -> xr.Dataset:
     """Powers of ten of the gradients by the hidden states [order, seed, arm, row] and by the parameters."""
     arrays = loop.on_device(data.load(settings.data))
-    runs = runs_of({"arm": ARMS}, settings.seeds, settings.first_seed)
+    runs = runs_of({"arm": ARMS, "rate": (0.0,)}, settings.seeds, settings.first_seed)
     stacked = loop.stacked(runs, len(runs))
     begun = task(Sizes(seeds=0, features=settings.features, order=order))
     states = jax.vmap(partial(loop.init_run, begun, arrays["test_images"]))(stacked)

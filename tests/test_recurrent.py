@@ -1,4 +1,4 @@
-"""The switched LSTM of the experiment `recurrent`: the library's BN-LSTM with all switches on, Flax's LSTM with none."""
+"""The switched LSTM of the experiment `recurrent`: the library's with all switches on, Flax's LSTM with none."""
 
 from functools import partial
 
