@@ -98,6 +98,7 @@ def config_of(experiment: Experiment, name: str, preset: str, settings: Settings
     return config
 
 
+@jax.default_matmul_precision("float32")  # which accelerators give up for speed, unless told
 def measure(experiment: Experiment, settings: Settings, record: Record, track: Track) -> None:
     """Train the grid and run the stages; what the record has is not done again."""
     if experiment.grid is not None:
