@@ -22,7 +22,7 @@ from jaxbn.variants import recurrent_batch_norm
 
 PARTS = ("input", "recurrent", "cell")  # what batch norm may normalize
 ORDERS = ("rows", "pixels", "permuted")  # in which an image is read
-LARGEST = 38.0  # powers of ten: about the largest number, and the reciprocal of the smallest, that float32 holds
+LARGEST = 38.0  # the power of ten of the largest number, and about that of 1 / the smallest, that float32 holds
 
 DECAY, EPSILON = 0.9, 1e-5
 _orthogonal = jax.nn.initializers.orthogonal()
@@ -104,8 +104,8 @@ def switched_lstm(features: int, length: int, classes: int = 10) -> SwitchedLSTM
                 y, moved[part] = norm.apply(own, v, train=train, step=step)
                 return jnp.where(stats["switches"][part] > 0, y, v)
 
-            gates = normalized("recurrent", _product(hidden, kernel["recurrent"]))
-            gates += normalized("input", _product(x, kernel["input"])) + bias["gates"][None]
+            gates = normalized("recurrent", hidden @ kernel["recurrent"])
+            gates += normalized("input", x @ kernel["input"]) + bias["gates"][None]
             forget, enter, out, value = jnp.split(gates, 4, axis=-1)
             cell = jax.nn.sigmoid(forget) * cell + jax.nn.sigmoid(enter) * jnp.tanh(value)
             hidden = jax.nn.sigmoid(out) * jnp.tanh(normalized("cell", cell) + bias["cell"][None])
@@ -117,7 +117,7 @@ def switched_lstm(features: int, length: int, classes: int = 10) -> SwitchedLSTM
         start = hidden + noise["std"] * jax.random.normal(key, hidden.shape), cell, stats["rows"]
         (hidden, _, rows), _ = jax.lax.scan(one, start, (jnp.arange(len(sequence)), sequence, taps))
         noise = {**noise, "drawn": noise["drawn"] + int(train)}
-        logits = _product(hidden, kernel["head"]) + bias["head"][None]
+        logits = hidden @ kernel["head"] + bias["head"][None]
         return logits, {**stats, "rows": rows, "noise": noise}
 
     return SwitchedLSTM(init, apply)
@@ -160,8 +160,3 @@ def _power_of_ten(x: Array) -> Array:
     power = jnp.log10(largest) + jnp.log10(jnp.sum(relative**2)) / 2
     power = jnp.where(largest > 0, power, -LARGEST)
     return jnp.clip(jnp.where(jnp.isfinite(power) & jnp.isfinite(largest), power, LARGEST), -LARGEST, LARGEST)
-
-
-def _product(x: Array, kernel: Array) -> Array:
-    """In float32 on every device; some would round the factors to fewer digits."""
-    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
