@@ -184,7 +184,7 @@ def draw_gradients(order: str, ax: Axes, settings: Sizes, r: xr.Dataset) -> None
     look = {"hue": "arm", "hue_order": arms, "style": "arm", "style_order": arms, "palette": palette(arms)}
     lines(ax, powers.rename("powers"), "row", **look)
     title = f"a time step is a {'row' if order == 'rows' else 'pixel'}"
-    ax.set(xlabel="rows of the image read", ylabel="gradient over the last, powers of ten", title=title)
+    ax.set(xlabel="rows of the image read", ylabel="relative gradient, powers of ten", title=title)
     if order == settings.probed[0]:
         ax.legend(frameon=False, fontsize=8)
     else:
