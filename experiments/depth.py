@@ -202,7 +202,7 @@ def draw_gradient(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     draw_blocks(ax, r.gradient / last_block(r.gradient), list(ARMS))
     ax.set(yscale="log", xlabel="block (1 is next to the input)", ylabel="gradient / that at the last block")
     ax.set(title=f"{settings.depths[-1]} layers, start: gradients")
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(edgecolor="none", framealpha=0.85, fontsize=8)
 
 
 def draw_accuracy(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
