@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.status import Status
 
 from experiments.bench import record as records
-from experiments.bench.figures import README, RECORD, with_figures
+from experiments.bench.figures import GPU_RECORD, README, RECORD, with_figures
 from experiments.bench.record import Measured
 from experiments.errors import UserError
 from experiments.framework import registry
@@ -69,10 +69,12 @@ def draw(path: Path, name: str, rows: Sequence) -> None:
 
 
 def rebuild() -> str:
-    """Make the tables, pictures and the README of this room anew from the committed record; what was made."""
-    record = records.read(RECORD)
-    records.write(RECORD, record)
-    for name, measured in record.items():
-        draw(RECORD, name, measured.rows)
+    """Make the tables, pictures and the README of this room anew from the committed records; what was made."""
+    paths = [path for path in (RECORD, GPU_RECORD) if path.exists()]
+    for path in paths:
+        record = records.read(path)
+        records.write(path, record)
+        for name, measured in record.items():
+            draw(path, name, measured.rows)
     README.write_text(with_figures(README.read_text()))
-    return f"{README} and {RECORD.with_suffix('.md')}"
+    return " and ".join(map(str, [README, *(path.with_suffix(".md") for path in paths)]))
