@@ -7,7 +7,6 @@ A benchmark is a module with a NamedTuple `Row`, `measured() -> rows`, which yie
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.status import Status
 
@@ -16,6 +15,7 @@ from experiments.bench.figures import GPU_RECORD, README, RECORD, with_figures
 from experiments.bench.record import Measured
 from experiments.errors import UserError
 from experiments.framework import registry
+from experiments.framework.pictures import write_png
 from experiments.framework.tables import to_rich
 from experiments.framework.timing import keep_freed_memory
 
@@ -62,10 +62,7 @@ def draw(path: Path, name: str, rows: Sequence) -> None:
     """The benchmark's picture beside the record, if it has one."""
     module = registry.load_benchmark(name)
     if hasattr(module, "draw"):
-        figure = module.draw(rows)
-        picture = path.with_name(f"{path.stem}-{name}.png")
-        figure.savefig(picture, dpi=110, bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
+        write_png(module.draw(rows), path.with_name(f"{path.stem}-{name}.png"), bbox_inches="tight")
 
 
 def rebuild() -> str:
