@@ -30,7 +30,9 @@ EXPERIMENTS = (
     "covariate_shift",
     "large_rates",
     "spectrum",
+    "depth",
     "noise",
+    "recurrent",
     "recurrent",
 )
 
