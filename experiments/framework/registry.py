@@ -30,7 +30,10 @@ EXPERIMENTS = (
     "covariate_shift",
     "large_rates",
     "spectrum",
+    "depth",
+    "noise",
     "rivals",
+    "recurrent",
 )
 
 
