@@ -176,9 +176,13 @@ def lenet(sizes: Sizes, norm: jaxbn.Normalizer) -> models.Network:
 
 
 def resnet(sizes: Sizes, norm: jaxbn.Normalizer) -> models.Network:
-    """A residual network with one block in each stage."""
+    """A residual network with one block in each stage; its first convolution has stride 2, to be cheap."""
     depth = 2 * sizes.stages + 2
-    return small_resnet(depth, norm, width=sizes.width, stages=sizes.stages, convolve=patch_convolve)
+
+    def convolve(x: Array, kernel: Array, stride: int) -> Array:
+        return patch_convolve(x, kernel, 2 if x.shape[-1] == 1 else stride)
+
+    return small_resnet(depth, norm, width=sizes.width, stages=sizes.stages, convolve=convolve)
 
 
 NETWORKS = {"MLP": mlp, "LeNet": lenet, "ResNet-8": resnet}
