@@ -31,6 +31,7 @@ EXPERIMENTS = (
     "large_rates",
     "spectrum",
     "lenet",
+    "population",
 )
 
 

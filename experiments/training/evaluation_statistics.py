@@ -29,7 +29,7 @@ def with_decays(network: Network, decays: Sequence[float]) -> Network:
 
     def moved(old: Array, batch: Array) -> Array:
         decay = jnp.asarray(decays).reshape(-1, *[1] * batch.ndim)
-        return decay * old + (1 - decay) * batch
+        return decay * old + (1 - decay) * batch[None]
 
     def apply(variables: dict, x: Array, *, train: bool) -> tuple[Array, Any]:
         stats = variables["batch_stats"]
