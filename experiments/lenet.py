@@ -166,11 +166,8 @@ def draw_kinds(ax: Axes, settings: Settings, r: xr.Dataset) -> None:
     """Every network of the book's batch norm by all kinds of statistics, and the published runs."""
     dots(ax, last(r), "kind", COLOR)
     mean, deviation = PUBLISHED_TEST
-    ax.axvspan(
-        mean - deviation, mean + deviation, color="#888888", alpha=0.18, label="published: mean ± std of 85 runs"
-    )
+    ax.axvspan(mean - deviation, mean + deviation, color="#888888", alpha=0.18)
     ax.axvline(mean, color="#888888", linestyle=":")
-    ax.legend(frameon=False, loc="lower left", fontsize=8)
     ax.set(xlabel="test accuracy of the same networks", title="After the last epoch, by the statistics used")
 
 

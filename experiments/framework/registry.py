@@ -32,6 +32,9 @@ EXPERIMENTS = (
     "spectrum",
     "lenet",
     "population",
+    "depth",
+    "noise",
+    "recurrent",
 )
 
 
