@@ -190,7 +190,7 @@ def draw_variety(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     ax.set(
         xlabel="training step",
         ylabel="variance / variance of test digits",
-        title="How much samples vary: 0 = all alike",
+        title="How much they vary: 0 = all alike",
     )
 
 

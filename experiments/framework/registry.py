@@ -30,6 +30,9 @@ EXPERIMENTS = (
     "covariate_shift",
     "large_rates",
     "spectrum",
+    "depth",
+    "noise",
+    "recurrent",
     "dcgan",
 )
 
