@@ -14,7 +14,7 @@ The controls: He's weights, with which the signal keeps its size without batch n
 published width and is far too small for networks this narrow); batch norm in one player alone; five times the rate,
 with and without.
 
-No pilot: the seeds are fixed at 5 (3 in `cpu`). `python -m experiments run dcgan` takes about eight minutes on two
+No pilot: the seeds are fixed at 5 (3 in `cpu`). `python -m experiments run dcgan` takes about ten minutes on two
 cores: width 8, batch 64, 1,200 steps. `--preset gpu` takes about three on one GPU: width 32, batch 128, 2,000 steps.
 """
 
