@@ -35,6 +35,7 @@ EXPERIMENTS = (
     "depth",
     "noise",
     "recurrent",
+    "dcgan",
 )
 
 
