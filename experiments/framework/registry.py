@@ -34,6 +34,7 @@ EXPERIMENTS = (
     "population",
     "depth",
     "noise",
+    "rivals",
     "recurrent",
     "dcgan",
 )
