@@ -30,6 +30,7 @@ EXPERIMENTS = (
     "covariate_shift",
     "large_rates",
     "spectrum",
+    "batch_size",
 )
 
 
