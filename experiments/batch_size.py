@@ -65,16 +65,21 @@ PUBLISHED = xr.DataArray(
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes(Settings):
-    """And the training examples that a run sees, the channels of the convolutions, bases and seeds of the search."""
+    """And more to set.
+
+    Attributes:
+      examples: of training, as many as a run sees of them.
+      channels: of the convolutions.
+      bases: that are tried.
+      searched: seeds of the search.
+      largest: larger batches are cut down to this, so as to see in seconds whether everything runs.
+    """
 
     examples: int = 21_000
     channels: tuple[int, ...] = (8, 12, 16)
     bases: tuple[float, ...] = BASES
     searched: int = 2
-
-    def steps_at(self, batch: int) -> int:
-        """Steps of training."""
-        return max(2, self.examples // batch)
+    largest: int = LARGE
 
 
 def arms_of(batch: int) -> dict[str, dict[str, float]]:
@@ -88,7 +93,8 @@ def train(settings: Sizes, batch: int, runs: list[dict], times: int = 1) -> dict
     """The networks of runs with a "base", trained at one batch size: variables, leaves [runs, ...]."""
     runs = [{**run, "rate": run["base"] * batch**0.5} for run in runs]
     one, dataset = batch_sizes.task(settings.channels), data.load(settings.data)
-    return batch_sizes.train(one, dataset, batch, settings.steps_at(batch), runs, times=times)
+    batch = min(batch, settings.largest)
+    return batch_sizes.train(one, dataset, batch, settings.examples // batch, runs, times=times)
 
 
 @cache
@@ -97,27 +103,24 @@ def searched(settings: Sizes, batch: int) -> xr.DataArray:
     seeds = range(FIRST_SEED, FIRST_SEED + settings.searched)
     arms = arms_of(batch)
     runs = [{"seed": s, "base": base, **arm} for arm in arms.values() for base in settings.bases for s in seeds]
-    one, dataset = batch_sizes.task(settings.channels), data.load(settings.data)
-    found = batch_sizes.validation_accuracy(one, dataset, train(settings, batch, runs))
-    found = found.reshape(len(arms), len(settings.bases), -1).mean(-1)
-    return xr.DataArray(found, {"arm": list(arms), "base": list(settings.bases)})
+    axes = {"arm": list(arms), "base": list(settings.bases), "seed": list(seeds)}
+    return measured(settings, train(settings, batch, runs), axes).validation.mean("seed")
 
 
 def trained(settings: Sizes, batch: int) -> xr.Dataset:
     """Every arm at the base that was best on validation, with fresh seeds: accuracies [seed, batch, arm]."""
     arms, best = arms_of(batch), searched(settings, batch).idxmax("base")
     runs = [{"seed": s, "base": float(best.sel(arm=a)), **arm} for s in settings.every_seed for a, arm in arms.items()]
-    found = measured(settings, train(settings, batch, runs), ("seed", "arm"), (settings.seeds, len(arms)))
-    rate = (best * batch**0.5).rename("rate")
-    found = found.assign_coords(seed=settings.every_seed, arm=list(arms)).assign(rate=rate)
-    return found.expand_dims(batch=[batch])
+    found = measured(settings, train(settings, batch, runs), {"seed": settings.every_seed, "arm": list(arms)})
+    return found.assign(rate=best * batch**0.5).expand_dims(batch=[batch])
 
 
-def measured(settings: Sizes, variables: dict, axes: tuple[str, ...], shape: tuple[int, ...]) -> xr.Dataset:
-    """Every accuracy of `batch_sizes.Measured` with these axes."""
+def measured(settings: Sizes, variables: dict, axes: dict) -> xr.Dataset:
+    """Every accuracy of `batch_sizes.Measured` over these axes; variables: leaves [runs, ...], the last axis first."""
     one, dataset = batch_sizes.task(settings.channels), data.load(settings.data)
     found = batch_sizes.measure(one, dataset, variables)._asdict()
-    return xr.Dataset({name: (axes, values.reshape(shape)) for name, values in found.items()})
+    shape = [len(values) for values in axes.values()]
+    return xr.Dataset({name: (list(axes), values.reshape(shape)) for name, values in found.items()}, axes)
 
 
 def regimes(settings: Sizes) -> xr.Dataset:
@@ -133,8 +136,8 @@ def regimes(settings: Sizes) -> xr.Dataset:
     found = []
     for base, arm, times in ways.values():
         runs = [{"seed": seed, "base": base, **arm} for seed in settings.every_seed]
-        found.append(measured(settings, train(settings, LARGE, runs, times), ("seed",), (settings.seeds,)))
-    both = xr.concat(found, "regime").assign_coords(regime=list(ways), seed=settings.every_seed)
+        found.append(measured(settings, train(settings, LARGE, runs, times), {"seed": settings.every_seed}))
+    both = xr.concat(found, "regime").assign_coords(regime=list(ways))
     return both[["test", "train"]].rename(test="regime_test", train="regime_train")
 
 
@@ -147,29 +150,34 @@ def alone(settings: Sizes) -> xr.Dataset:
 
 def one_example(images: np.ndarray, seed: int) -> dict[str, float]:
     """`alone` with random weights, scale and bias of one seed."""
+    rng = np.random.default_rng(seed)
+    x = images[rng.choice(len(images), 8, replace=False)].reshape(8, 28, 28, -1) / 255.0
+    weights, direction = rng.normal(size=(x[0].size, 20)) / 10, rng.normal(size=20)
+    params = {name: rng.uniform(0.5, 2, 20) for name in ("scale", "bias")}
     with jax.enable_x64(True):
-        rng = np.random.default_rng(seed)
-        x = jnp.asarray(images[rng.choice(len(images), 8, replace=False)] / 255.0)
-        weights = jnp.asarray(rng.normal(size=(x[0].size, 20)) / 10)
-        params = {name: jnp.asarray(rng.uniform(0.5, 2, 20)) for name in ("scale", "bias")}
-        direction = jnp.asarray(rng.normal(size=20))
+        return {name: float(value) for name, value in _differences(x, weights, params, direction).items()}
 
-        def layer(norm: jaxbn.Normalizer, h: jax.Array, params: dict) -> jax.Array:
-            return norm.apply({**norm.init(jax.random.key(0), h), "params": params}, h, train=True)[0]
 
-        single = jaxbn.batch_norm(allow_single_value=True)
-        dense = [layer(single, one.reshape(1, -1) @ weights, params) for one in x]
-        gradient = jax.grad(lambda w: (layer(single, x[0].reshape(1, -1) @ w, params) @ direction).sum())(weights)
-        pair = jaxbn.batch_norm(epsilon=0.0, use_scale=False, use_bias=False)
-        signs = layer(pair, x[:2].reshape(2, -1) @ weights, {})
-        maps = x[:1] * weights[0]  # of a convolution of 1 x 1
-        by_batch, by_image = (layer(norm, maps, params) for norm in (jaxbn.batch_norm(), jaxbn.instance_norm()))
-        return {
-            "dense_output": float(max(jnp.max(jnp.abs(y - params["bias"][None])) for y in dense)),
-            "dense_gradient": float(jnp.max(jnp.abs(gradient))),
-            "pair": float(jnp.max(jnp.abs(jnp.abs(signs) - 1))),
-            "convolution": float(jnp.max(jnp.abs(by_batch - by_image)) / jnp.max(jnp.abs(by_image))),
-        }
+@jax.jit
+def _differences(x, weights, params, direction) -> dict[str, jax.Array]:
+    def layer(norm: jaxbn.Normalizer, h: jax.Array, params: dict) -> jax.Array:
+        return norm.apply({**norm.init(jax.random.key(0), h), "params": params}, h, train=True)[0]
+
+    def dense(weights: jax.Array, one: jax.Array) -> jax.Array:
+        return layer(jaxbn.batch_norm(allow_single_value=True), one.reshape(1, -1) @ weights, params)[0]
+
+    output = jax.vmap(partial(dense, weights))(x)
+    gradient = jax.grad(lambda weights: jnp.vdot(dense(weights, x[0]), direction))(weights)
+    pair = jaxbn.batch_norm(epsilon=0.0, use_scale=False, use_bias=False)
+    signs = layer(pair, x[:2].reshape(2, -1) @ weights, {})
+    maps = x[:1, ..., :1] * weights[0]  # of a convolution of 1 x 1
+    by_batch, by_image = (layer(norm, maps, params) for norm in (jaxbn.batch_norm(), jaxbn.instance_norm()))
+    return {
+        "dense_output": jnp.max(jnp.abs(output - params["bias"][None])),
+        "dense_gradient": jnp.max(jnp.abs(gradient)),
+        "pair": jnp.max(jnp.abs(jnp.abs(signs) - 1)),
+        "convolution": jnp.max(jnp.abs(by_batch - by_image)) / jnp.max(jnp.abs(by_image)),
+    }
 
 
 def stages(settings: Sizes) -> Iterator[Stage]:
@@ -180,7 +188,7 @@ def stages(settings: Sizes) -> Iterator[Stage]:
     yield Stage("alone", partial(alone, settings))
 
 
-def test(r: xr.Dataset) -> xr.DataArray:
+def on_test(r: xr.Dataset) -> xr.DataArray:
     """Test accuracy of the four arms: [batch, arm, seed]."""
     return r.test.sel(arm=list(ARMS)).rename("test accuracy")
 
@@ -210,7 +218,7 @@ def better_by_small_steps(r: xr.Dataset) -> xr.DataArray:
 
 def best_is_small(r: xr.Dataset) -> xr.DataArray:
     """A batch of 8 minus those outside of 2 to 32."""
-    values = test(r).sel(arm=[NORM, GROUP_NORM, NONE])
+    values = on_test(r).sel(arm=[NORM, GROUP_NORM, NONE])
     return values.sel(batch=SMALL, drop=True) - values.sel(batch=[ONE, USUAL, LARGE])
 
 
@@ -229,7 +237,9 @@ def by_statistics(r: xr.Dataset) -> xr.DataArray:
 def draw_batches(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """Every arm by batch size."""
     looks = dict(hue="arm", palette=SHADES, style="arm", markers=True, dashes=False)
-    lines(ax, test(r), x="batch", **looks)
+    lines(ax, on_test(r), x="batch", **looks)
+    own = float(by_statistics(r).sel(batch=ONE, statistics="of each image").mean("seed"))
+    ax.plot(ONE, own, "o", markerfacecolor="none", color=COLORS[NORM], label="batch norm, tested as it was trained")
     of_batches(ax, "batch size", "All at equally many examples")
     ax.legend(frameon=False)
 
@@ -256,7 +266,8 @@ def draw_regimes(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     theirs = PUBLISHED.sel(figure="test accuracy")
     ax.plot(theirs, np.arange(len(REGIMES)) + 0.25, "D", markerfacecolor="none", color="black", label="published")
     ax.set(xlabel="test accuracy", title="What a large batch loses and gets back")
-    ax.legend(frameon=False, loc="lower left", fontsize=8)
+    ax.margins(x=0.15)
+    ax.legend(frameon=False, loc="best", fontsize=8)
 
 
 accuracy = partial(Claim, unit="of test accuracy", precision=0.005)
@@ -280,7 +291,9 @@ EXPERIMENT = Experiment(
     " table, a dense network on MNIST at batches of 128 and 4,096, is given as remembered. The preset full has all of"
     " MNIST and more channels, bases and seeds.",
     settings={
-        "smoke": Sizes(seeds=2, data="mnist5k", examples=16, channels=(4,), bases=(0.02, 0.05), searched=1),
+        "smoke": Sizes(
+            seeds=2, data="mnist5k", examples=16, channels=(4,), bases=(0.02, 0.05), searched=1, largest=SMALL
+        ),
         "cpu": Sizes(seeds=5, data="mnist5k"),
         "full": Sizes(
             seeds=10, data="mnist", examples=550_000, channels=(16, 32, 64), bases=(*BASES, 1.0), searched=3
@@ -295,7 +308,7 @@ EXPERIMENT = Experiment(
         ),
         best_of(
             "Small batches hurt batch norm where both batches shrink together, as they usually do.",
-            lambda r: (test(r).sel(batch=USUAL, drop=True) - test(r).sel(batch=small)).sel(arm=NORM, drop=True),
+            lambda r: (on_test(r).sel(batch=USUAL, drop=True) - on_test(r).sel(batch=small)).sel(arm=NORM, drop=True),
             source=WU, dispute=DISPUTE,
             measures=f"final test accuracy of batch norm, each at its best rate: batch {USUAL} minus smaller ones",
         ),
@@ -311,25 +324,25 @@ EXPERIMENT = Experiment(
         ),
         best_of(
             "Where batches are small, group norm is better than batch norm.",
-            Compared(lambda r: test(r).sel(batch=small), GROUP_NORM, NORM), source=WU,
+            Compared(lambda r: on_test(r).sel(batch=small), GROUP_NORM, NORM), source=WU,
         ),
         best_of(
             "Where batches are large, batch norm is better than group norm.",
-            Compared(lambda r: test(r).sel(batch=large), NORM, GROUP_NORM), source=WU,
+            Compared(lambda r: on_test(r).sel(batch=large), NORM, GROUP_NORM), source=WU,
         ),
         accuracy(
             "Group norm does as well at any batch size.",
-            lambda r: (test(r) - test(r).sel(batch=USUAL)).sel(arm=GROUP_NORM, batch=[ONE, SMALL, LARGE]),
+            lambda r: (on_test(r) - on_test(r).sel(batch=USUAL)).sel(arm=GROUP_NORM, batch=[ONE, SMALL, LARGE]),
             equal=0.01, source=WU,
             measures=f"final test accuracy of group norm, each at its best rate, minus that at batch {USUAL}",
         ),
         best_of(
             "Where batches are small, renorm is better than batch norm.",
-            Compared(lambda r: test(r).sel(batch=small), RENORM, NORM), source=RENORMALIZATION,
+            Compared(lambda r: on_test(r).sel(batch=small), RENORM, NORM), source=RENORMALIZATION,
         ),
         accuracy(
             "Where batches are large, renorm is as good as batch norm.",
-            Compared(lambda r: test(r).sel(batch=large), RENORM, NORM), equal=0.01, source=RENORMALIZATION,
+            Compared(lambda r: on_test(r).sel(batch=large), RENORM, NORM), equal=0.01, source=RENORMALIZATION,
             measures="final test accuracy, each at its best rate, equally many examples",
         ),
         regime(
@@ -348,7 +361,7 @@ EXPERIMENT = Experiment(
         ),
         best_of(
             "The loss is none of batch norm's: a large batch loses without it, too, even at its own best rate.",
-            lambda r: (test(r).sel(batch=USUAL, drop=True) - test(r).sel(batch=LARGE, drop=True)).sel(
+            lambda r: (on_test(r).sel(batch=USUAL, drop=True) - on_test(r).sel(batch=LARGE, drop=True)).sel(
                 arm=[NORM, GROUP_NORM, NONE]
             ),
             source=OURS, measures=f"final test accuracy, each at its best rate: batch {USUAL} minus batch {LARGE}",
@@ -371,7 +384,7 @@ EXPERIMENT = Experiment(
         ),
         at_one(
             "A convolutional network with batch norm learns at a batch of 1, too.",
-            lambda r: test(r).sel(arm=NORM, batch=ONE, drop=True), above=0.5,
+            lambda r: on_test(r).sel(arm=NORM, batch=ONE, drop=True), above=0.5,
         ),
         at_one(
             "At test time it is then better by the statistics of each image, as in training, than by running ones.",
@@ -391,7 +404,7 @@ EXPERIMENT = Experiment(
     ],
     tables=[
         table_of(
-            "Final test accuracy by batch size, each at its best rate", test, rows=["batch"], columns="arm",
+            "Final test accuracy by batch size, each at its best rate", on_test, rows=["batch"], columns="arm",
             note="21,000 examples in the preset cpu, whatever the batch size.",
         ),
         table_of(
@@ -420,7 +433,8 @@ EXPERIMENT = Experiment(
             draw_batches, draw_apart, draw_regimes, file="batch_size.png",
             title="Which batch size, and what happens at a batch of 1?",
             caption="Three convolutions learn 3,500 digits; each point at the learning rate that was best on"
-            " validation, equally many examples. Lines: means of the seeds, bands: their range. Middle: groups of a"
+            " validation, equally many examples. Lines: means of the seeds, bands: their range. Hollow: trained at a"
+            " batch of 1, tested by the statistics of each image. Middle: groups of a"
             " batch are normalized each by itself. Right: a dot a seed, a bar the mean; published: a dense network on"
             " all of MNIST, batches of 128 and 4,096 (Hoffer et al. 2017, as remembered).",
         )

@@ -21,7 +21,8 @@ from experiments.training import data, loop, models, pooled_norm
 MEMORY = 1024  # examples over which running statistics average, whatever the batch size
 SEEN = 1000  # training images from which exact statistics are taken
 THREADS = 2  # parts that train at once: one alone leaves a core idle
-SMALL = 32  # batches below this: many runs in one vmap; else one after the other, which caches thank
+AT_ONCE = 4  # runs of a part
+SMALL = 32  # batches below this: the runs of a part in one vmap; else one after the other, which caches thank
 
 
 class Measured(NamedTuple):
@@ -74,64 +75,52 @@ def train(
 ) -> dict:
     """Variables of every run after `times` times `steps` steps of `batch` examples: leaves [runs, ...].
 
-    Runs train in parts of one size, the last one filled up, so that all calls at one batch size share a program.
+    Runs train in parts of AT_ONCE, the last one filled up, so that all calls at one batch size share a program.
     """
-    few = batch < SMALL
-    size = 12 if few else 3
     epoch = len(dataset.train_labels) // batch
     numbers = {"decay": 1 - batch / MEMORY if batch < MEMORY else 0.0, "warmup": epoch}
     arrays = loop.on_device(dataset)
-    programs = loop.compile_grid(one, loop.Schedule(steps, steps, batch, mapped=not few))
+    programs = loop.compile_grid(one, loop.Schedule(steps, steps, batch, mapped=batch >= SMALL))
 
     def part(members: list[dict]) -> dict:
-        stacked = loop.stacked([{**run, **numbers} for run in members], size)
+        filled = [{**run, **numbers} for run in [*members, *members[-1:] * (AT_ONCE - len(members))]]
+        stacked = {name: jnp.asarray([run[name] for run in filled]) for name in filled[0]}
         states = programs.start(stacked, arrays)
         for number in range(times):
             states, _ = programs.advance(states, stacked, arrays, number * steps)
         return jax.tree.map(lambda leaf: leaf[: len(members)], states["variables"])
 
-    first, *rest = [list(runs[n : n + size]) for n in range(0, len(runs), size)]
+    first, *rest = [list(runs[n : n + AT_ONCE]) for n in range(0, len(runs), AT_ONCE)]
     parts = [part(first)]  # alone, so that it is compiled once
     with ThreadPoolExecutor(THREADS) as threads:
         parts += threads.map(part, rest)
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
-def validation_accuracy(one: loop.Task, dataset: data.Dataset, variables: dict) -> np.ndarray:
-    """Of each network, by its running statistics: [runs]; variables: leaves [runs, ...]."""
-    accuracy = partial(_accuracy, one.apply, images=dataset.validation_images, labels=dataset.validation_labels)
-    return np.asarray(jax.device_get([accuracy(some) for some in _each(variables)]), np.float64)
-
-
 def measure(one: loop.Task, dataset: data.Dataset, variables: dict) -> Measured:
     """Every accuracy of each network, each [runs]; variables: leaves [runs, ...]."""
-    arrays = loop.on_device(dataset)
-    found = jax.device_get([_measure(one.apply, some, arrays) for some in _each(variables)])
+    arrays, runs = loop.on_device(dataset), len(jax.tree.leaves(variables)[0])
+    each = [jax.tree.map(lambda leaf, n=n: leaf[n], variables) for n in range(runs)]
+    found = jax.device_get([_measure(one.apply, some, arrays) for some in each])
     return jax.tree.map(lambda *values: np.asarray(values, np.float64), *found)
-
-
-def _each(variables: dict) -> list[dict]:
-    runs = len(jax.tree.leaves(variables)[0])
-    return [jax.tree.map(lambda leaf, n=n: leaf[n], variables) for n in range(runs)]
-
-
-@partial(jax.jit, static_argnums=0)
-def _accuracy(apply, variables, images, labels) -> Array:
-    return loop.accuracy(apply, variables, images, labels)
 
 
 @partial(jax.jit, static_argnums=0)
 def _measure(apply, variables, arrays) -> Measured:
     spread = data.spread(min(SEEN, len(arrays["train_labels"])), len(arrays["train_labels"]))
-    seen, labels = loop.take(arrays, jnp.asarray(spread))
-    plain = pooled_norm.with_numbers(variables, group=len(labels), decay=0.0, r_max=1.0, d_max=0.0)
+    seen, seen_labels = loop.take(arrays, jnp.asarray(spread))
+    plain = pooled_norm.with_numbers(variables, group=len(seen), decay=0.0, r_max=1.0, d_max=0.0)
     exact = {**plain, "batch_stats": apply(plain, seen, train=True)[1]}
     own = pooled_norm.with_numbers(variables, running=0.0)
-    test = partial(loop.accuracy, apply, images=arrays["test_images"], labels=arrays["test_labels"])
-    return Measured(
-        loop.accuracy(apply, variables, arrays["validation_images"], arrays["validation_labels"]),
-        test(variables),
-        jnp.mean(jnp.argmax(apply(variables, seen, train=False)[0], -1) == labels),
-        test(exact),
-        test(own),
-    )
+    validation, test = (data.pixels(arrays[f"{part}_images"]) for part in ("validation", "test"))
+    labels = jnp.concatenate([arrays["validation_labels"], arrays["test_labels"], seen_labels])
+    ends = np.cumsum([len(validation), len(test)])
+
+    def right(some: dict) -> list[Array]:
+        """Shares of the parts that are predicted right; each kind of statistics in one program."""
+        logits, _ = apply(some, jnp.concatenate([validation, test, seen]), train=False)
+        return [jnp.mean(part) for part in jnp.split(jnp.argmax(logits, -1) == labels, ends)]
+
+    several = jax.tree.map(lambda *leaves: jnp.stack(leaves), variables, exact, own)
+    of_validation, of_test, of_train = jax.lax.map(right, several)
+    return Measured(of_validation[0], of_test[0], of_train[0], of_test[1], of_test[2])
