@@ -89,12 +89,14 @@ def arms_of(batch: int) -> dict[str, dict[str, float]]:
     return {NORM: kind(batch), **ghosts, RENORM: renorm, GROUP_NORM: by_channels, NONE: kind(normalize=False)}
 
 
-def train(settings: Sizes, batch: int, runs: list[dict], times: int = 1) -> dict:
-    """The networks of runs with a "base", trained at one batch size: variables, leaves [runs, ...]."""
+def train(settings: Sizes, batch: int, runs: list[dict], axes: dict, times: int = 1) -> xr.Dataset:
+    """Every accuracy of `batch_sizes.Measured` of runs with a "base", over these axes; the last one varies fastest."""
     runs = [{**run, "rate": run["base"] * batch**0.5} for run in runs]
     one, dataset = batch_sizes.task(settings.channels), data.load(settings.data)
     batch = min(batch, settings.largest)
-    return batch_sizes.train(one, dataset, batch, settings.examples // batch, runs, times=times)
+    found = batch_sizes.train(one, dataset, batch, settings.examples // batch, runs, times=times)
+    shape = [len(values) for values in axes.values()]
+    return xr.Dataset({name: (list(axes), v.reshape(shape)) for name, v in found._asdict().items()}, axes)
 
 
 @cache
@@ -104,40 +106,27 @@ def searched(settings: Sizes, batch: int) -> xr.DataArray:
     arms = arms_of(batch)
     runs = [{"seed": s, "base": base, **arm} for arm in arms.values() for base in settings.bases for s in seeds]
     axes = {"arm": list(arms), "base": list(settings.bases), "seed": list(seeds)}
-    return measured(settings, train(settings, batch, runs), axes).validation.mean("seed")
+    return train(settings, batch, runs, axes).validation.mean("seed")
 
 
 def trained(settings: Sizes, batch: int) -> xr.Dataset:
     """Every arm at the base that was best on validation, with fresh seeds: accuracies [seed, batch, arm]."""
     arms, best = arms_of(batch), searched(settings, batch).idxmax("base")
     runs = [{"seed": s, "base": float(best.sel(arm=a)), **arm} for s in settings.every_seed for a, arm in arms.items()]
-    found = measured(settings, train(settings, batch, runs), {"seed": settings.every_seed, "arm": list(arms)})
+    found = train(settings, batch, runs, {"seed": settings.every_seed, "arm": list(arms)})
     return found.assign(rate=best * batch**0.5).expand_dims(batch=[batch])
-
-
-def measured(settings: Sizes, variables: dict, axes: dict) -> xr.Dataset:
-    """Every accuracy of `batch_sizes.Measured` over these axes; variables: leaves [runs, ...], the last axis first."""
-    one, dataset = batch_sizes.task(settings.channels), data.load(settings.data)
-    found = batch_sizes.measure(one, dataset, variables)._asdict()
-    shape = [len(values) for values in axes.values()]
-    return xr.Dataset({name: (list(axes), values.reshape(shape)) for name, values in found.items()}, axes)
 
 
 def regimes(settings: Sizes) -> xr.Dataset:
     """Hoffer's ways to mend a large batch, from the rate that was best at the usual one: [seed, regime]."""
     base = float(searched(settings, USUAL).sel(arm=NORM).idxmax("base"))
     whole, ghost = kind(LARGE), kind(USUAL)
-    ways = {
-        SAME_RATE: (base * (USUAL / LARGE) ** 0.5, whole, 1),
-        ROOT: (base, whole, 1),
-        GHOST: (base, ghost, 1),
-        AS_MANY: (base, ghost, LARGE // USUAL),
-    }
-    found = []
-    for base, arm, times in ways.values():
-        runs = [{"seed": seed, "base": base, **arm} for seed in settings.every_seed]
-        found.append(measured(settings, train(settings, LARGE, runs, times), {"seed": settings.every_seed}))
-    both = xr.concat(found, "regime").assign_coords(regime=list(ways))
+    ways = {SAME_RATE: (base * (USUAL / LARGE) ** 0.5, whole), ROOT: (base, whole), GHOST: (base, ghost)}
+    runs = [{"seed": s, "base": base, **arm} for s in settings.every_seed for base, arm in ways.values()]
+    once = train(settings, LARGE, runs, {"seed": settings.every_seed, "regime": list(ways)})
+    runs = [{"seed": s, "base": base, **ghost} for s in settings.every_seed]
+    longer = train(settings, LARGE, runs, {"seed": settings.every_seed, "regime": [AS_MANY]}, LARGE // USUAL)
+    both = xr.concat([once, longer], "regime")
     return both[["test", "train"]].rename(test="regime_test", train="regime_train")
 
 
@@ -236,7 +225,7 @@ def by_statistics(r: xr.Dataset) -> xr.DataArray:
 
 def draw_batches(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """Every arm by batch size."""
-    looks = dict(hue="arm", palette=SHADES, style="arm", markers=True, dashes=False)
+    looks = dict(hue="arm", palette=SHADES, style="arm", markers=True, dashes=False, err_style="bars")
     lines(ax, on_test(r), x="batch", **looks)
     own = float(by_statistics(r).sel(batch=ONE, statistics="of each image").mean("seed"))
     ax.plot(ONE, own, "o", markerfacecolor="none", color=COLORS[NORM], label="batch norm, tested as it was trained")
@@ -247,7 +236,9 @@ def draw_batches(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
 def draw_apart(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """Both batches of batch norm."""
     both = apart(r).sel(batch=list(BY_BATCH)).rename(batch="batch of SGD")
-    looks = dict(hue="batch of SGD", palette=BY_BATCH, style="batch of SGD", markers=True, dashes=False)
+    looks = dict(
+        hue="batch of SGD", palette=BY_BATCH, style="batch of SGD", markers=True, dashes=False, err_style="bars"
+    )
     lines(ax, both, x="shared", **looks)
     of_batches(ax, "examples that share mean and variance", "Batch norm: SGD's batch and its own")
     ax.legend(title="batch of SGD", frameon=False)
@@ -278,7 +269,7 @@ single = partial(Claim, exact=1e-12, unit="absolute", source="what the formula s
 small, large = [ONE, SMALL], [USUAL, LARGE]
 
 EXPERIMENT = Experiment(
-    title="Batch norm's batch and that of SGD are two things: which size is best for each?",
+    title="Batch norm's batch and that of SGD are two things, and each has its own best size.",
     question="Which batch size, and what happens at a batch of 1?",
     source="Wu and He 2018; Masters and Luschi 2018; Hoffer, Hubara and Soudry 2017; Ioffe 2017",
     citation="Yuxin Wu and Kaiming He: Group Normalization. ECCV 2018, arXiv:1803.08494. Dominic Masters and Carlo"
@@ -430,10 +421,10 @@ EXPERIMENT = Experiment(
     ],
     pictures=[
         panels(
-            draw_batches, draw_apart, draw_regimes, file="batch_size.png",
+            draw_batches, draw_apart, draw_regimes, file="batch_size.png", size=(4.6, 3.8),
             title="Which batch size, and what happens at a batch of 1?",
             caption="Three convolutions learn 3,500 digits; each point at the learning rate that was best on"
-            " validation, equally many examples. Lines: means of the seeds, bands: their range. Hollow: trained at a"
+            " validation, equally many examples. Lines: means of the seeds, bars: their range. Hollow: trained at a"
             " batch of 1, tested by the statistics of each image. Middle: groups of a"
             " batch are normalized each by itself. Right: a dot a seed, a bar the mean; published: a dense network on"
             " all of MNIST, batches of 128 and 4,096 (Hoffer et al. 2017, as remembered).",

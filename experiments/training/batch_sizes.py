@@ -21,8 +21,8 @@ from experiments.training import data, loop, models, pooled_norm
 MEMORY = 1024  # examples over which running statistics average, whatever the batch size
 SEEN = 1000  # training images from which exact statistics are taken
 THREADS = 2  # parts that train at once: one alone leaves a core idle
-AT_ONCE = 4  # runs of a part
-SMALL = 32  # batches below this: the runs of a part in one vmap; else one after the other, which caches thank
+SMALL = 32  # below this the runs of a part train under one vmap; else one after the other, which caches thank
+AT_ONCE = {True: 10, False: 5}  # runs of a part, by whether the batch is below SMALL
 
 
 class Measured(NamedTuple):
@@ -72,37 +72,31 @@ def task(channels: tuple[int, ...]) -> loop.Task:
 
 def train(
     one: loop.Task, dataset: data.Dataset, batch: int, steps: int, runs: Sequence[dict], *, times: int = 1
-) -> dict:
-    """Variables of every run after `times` times `steps` steps of `batch` examples: leaves [runs, ...].
+) -> Measured:
+    """Every accuracy of every run, each [runs], after `times` times `steps` steps of `batch` examples.
 
     Runs train in parts of AT_ONCE, the last one filled up, so that all calls at one batch size share a program.
     """
+    size = AT_ONCE[batch < SMALL]
     epoch = len(dataset.train_labels) // batch
     numbers = {"decay": 1 - batch / MEMORY if batch < MEMORY else 0.0, "warmup": epoch}
     arrays = loop.on_device(dataset)
     programs = loop.compile_grid(one, loop.Schedule(steps, steps, batch, mapped=batch >= SMALL))
 
-    def part(members: list[dict]) -> dict:
-        filled = [{**run, **numbers} for run in [*members, *members[-1:] * (AT_ONCE - len(members))]]
+    def part(members: list[dict]) -> list[Measured]:
+        filled = [{**run, **numbers} for run in [*members, *members[-1:] * (size - len(members))]]
         stacked = {name: jnp.asarray([run[name] for run in filled]) for name in filled[0]}
         states = programs.start(stacked, arrays)
         for number in range(times):
             states, _ = programs.advance(states, stacked, arrays, number * steps)
-        return jax.tree.map(lambda leaf: leaf[: len(members)], states["variables"])
+        each = [jax.tree.map(lambda leaf, n=n: leaf[n], states["variables"]) for n in range(len(members))]
+        return jax.device_get([_measure(one.apply, variables, arrays) for variables in each])
 
-    first, *rest = [list(runs[n : n + AT_ONCE]) for n in range(0, len(runs), AT_ONCE)]
+    first, *rest = [list(runs[n : n + size]) for n in range(0, len(runs), size)]
     parts = [part(first)]  # alone, so that it is compiled once
     with ThreadPoolExecutor(THREADS) as threads:
         parts += threads.map(part, rest)
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-
-def measure(one: loop.Task, dataset: data.Dataset, variables: dict) -> Measured:
-    """Every accuracy of each network, each [runs]; variables: leaves [runs, ...]."""
-    arrays, runs = loop.on_device(dataset), len(jax.tree.leaves(variables)[0])
-    each = [jax.tree.map(lambda leaf, n=n: leaf[n], variables) for n in range(runs)]
-    found = jax.device_get([_measure(one.apply, some, arrays) for some in each])
-    return jax.tree.map(lambda *values: np.asarray(values, np.float64), *found)
+    return jax.tree.map(lambda *values: np.asarray(values, np.float64), *(found for part in parts for found in part))
 
 
 @partial(jax.jit, static_argnums=0)
