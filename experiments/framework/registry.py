@@ -31,6 +31,8 @@ EXPERIMENTS = (
     "large_rates",
     "spectrum",
     "batch_size",
+    "noise",
+    "recurrent",
 )
 
 
