@@ -228,9 +228,9 @@ def draw_batches(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     looks = dict(hue="arm", palette=SHADES, style="arm", markers=True, dashes=False, err_style="bars")
     lines(ax, on_test(r), x="batch", **looks)
     own = float(by_statistics(r).sel(batch=ONE, statistics="of each image").mean("seed"))
-    ax.plot(ONE, own, "o", markerfacecolor="none", color=COLORS[NORM], label="batch norm, tested as it was trained")
+    ax.plot(ONE, own, "o", markerfacecolor="none", color=COLORS[NORM], label="batch norm, each test image alone")
     of_batches(ax, "batch size", "All at equally many examples")
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, fontsize=8)
 
 
 def draw_apart(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
@@ -256,7 +256,7 @@ def draw_regimes(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     dots(ax, by_regime(r), "regime", dict.fromkeys(REGIMES, COLORS[NORM]))
     theirs = PUBLISHED.sel(figure="test accuracy")
     ax.plot(theirs, np.arange(len(REGIMES)) + 0.25, "D", markerfacecolor="none", color="black", label="published")
-    ax.set(xlabel="test accuracy", title="What a large batch loses and gets back")
+    ax.set(xlabel="test accuracy", title="What a large batch loses")
     ax.margins(x=0.15)
     ax.legend(frameon=False, loc="best", fontsize=8)
 
@@ -421,7 +421,7 @@ EXPERIMENT = Experiment(
     ],
     pictures=[
         panels(
-            draw_batches, draw_apart, draw_regimes, file="batch_size.png", size=(4.6, 3.8),
+            draw_batches, draw_apart, draw_regimes, file="batch_size.png", size=(4.5, 3.7),
             title="Which batch size, and what happens at a batch of 1?",
             caption="Three convolutions learn 3,500 digits; each point at the learning rate that was best on"
             " validation, equally many examples. Lines: means of the seeds, bars: their range. Hollow: trained at a"
