@@ -12,9 +12,8 @@ norm: 4 groups of channels.
 
 The rate is base x sqrt(batch). Every arm at every batch size tries the same six bases, which lie a factor sqrt(8)
 apart, with 2 seeds, and one more beyond an end where the best of one arm lies; the best on validation is taken for 5
-fresh seeds. Batch sizes lie a factor 8 apart, so that
-"the same rate" at the next one is one base lower, and Hoffer's rule, rate by sqrt(batch), the same base. The number
-of seeds was fixed beforehand, without a pilot.
+fresh seeds. Batch sizes lie a factor 8 apart, so that "the same rate" at the next one is one base lower, and Hoffer's
+rule, rate by sqrt(batch), the same base. The number of seeds was fixed beforehand, without a pilot.
 
 `python -m experiments run batch_size` takes about four minutes on two cores (5 seeds, 5,000 digits).
 """
@@ -122,10 +121,11 @@ def validated(settings: Sizes, batch: int, bases: tuple[float, ...]) -> xr.DataA
 
 def trained(settings: Sizes, batch: int) -> xr.Dataset:
     """Every arm at the base that was best on validation, with fresh seeds: accuracies [seed, batch, arm]."""
-    arms, best = arms_of(batch), searched(settings, batch).idxmax("base")
+    arms, search = arms_of(batch), searched(settings, batch)
+    best = search.idxmax("base")
     runs = [{"seed": s, "base": float(best.sel(arm=a)), **arm} for s in settings.every_seed for a, arm in arms.items()]
     found = train(settings, batch, runs, {"seed": settings.every_seed, "arm": list(arms)})
-    return found.assign(rate=best * batch**0.5).expand_dims(batch=[batch])
+    return found.assign(rate=best * batch**0.5, search=search).expand_dims(batch=[batch])
 
 
 def regimes(settings: Sizes) -> xr.Dataset:
@@ -408,6 +408,10 @@ EXPERIMENT = Experiment(
         table_of(
             "Final test accuracy by batch size, each at its best rate", on_test, rows=["batch"], columns="arm",
             note="21,000 examples in the preset cpu, whatever the batch size.",
+        ),
+        table_of(
+            "Final validation accuracy of the same networks", lambda r: r.validation.sel(arm=list(ARMS)),
+            rows=["batch"], columns="arm",
         ),
         table_of(
             "Batch norm: final test accuracy by SGD's batch and by the number of examples that share mean and variance",

@@ -30,8 +30,10 @@ EXPERIMENTS = (
     "covariate_shift",
     "large_rates",
     "spectrum",
+    "depth",
     "batch_size",
     "noise",
+    "recurrent",
     "recurrent",
 )
 
