@@ -34,7 +34,6 @@ EXPERIMENTS = (
     "batch_size",
     "noise",
     "recurrent",
-    "recurrent",
 )
 
 
