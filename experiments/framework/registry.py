@@ -33,6 +33,7 @@ EXPERIMENTS = (
     "lenet",
     "population",
     "depth",
+    "batch_size",
     "noise",
     "rivals",
     "recurrent",

@@ -34,7 +34,7 @@ def search(grid: Grid, train: Train) -> xr.DataArray:
     scores = _scores(grid, wanted, tried, 0, train)
     for number in range(1, wanted.extensions + 1):
         best = scores.argmax(wanted.axis)
-        more = _beyond(tried, bool((best == 0).any()), bool((best == len(tried) - 1).any()))
+        more = beyond(tried, bool((best == 0).any()), bool((best == len(tried) - 1).any()))
         if not more:
             break
         scores = xr.concat([scores, _scores(grid, wanted, more, number, train)], wanted.axis).sortby(wanted.axis)
@@ -42,7 +42,7 @@ def search(grid: Grid, train: Train) -> xr.DataArray:
     return scores.idxmax(wanted.axis).rename(wanted.axis)
 
 
-def _beyond(tried: Sequence[float], below: bool, above: bool) -> tuple[float, ...]:
+def beyond(tried: Sequence[float], below: bool, above: bool) -> tuple[float, ...]:
     """Values at the distance (as a factor) of the last two, at the ends that are asked for."""
     lower = (_rounded(tried[0] * tried[0] / tried[1]),) if below else ()
     return (*lower, *((_rounded(tried[-1] * tried[-1] / tried[-2]),) if above else ()))
