@@ -30,10 +30,14 @@ EXPERIMENTS = (
     "covariate_shift",
     "large_rates",
     "spectrum",
+    "lenet",
+    "population",
     "depth",
+    "batch_size",
     "noise",
     "rivals",
     "recurrent",
+    "dcgan",
 )
 
 

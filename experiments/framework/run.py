@@ -116,8 +116,12 @@ def measure(experiment: Experiment, settings: Settings, record: Record, track: T
 def _train(grid: Grid, settings: Settings, record: Record, track: Track) -> None:
     dataset = data.load(settings.data)
     schedule = Schedule(settings.steps, settings.interval, grid.batch_size)
+    on_all = grid.search is not None and grid.search.then_on_all
+    of_result = data.validation_for_training(dataset) if on_all else dataset
 
-    def train(stage: str, program: Mapping, runs: list[dict], conclude=None) -> Sequence[Mapping]:
+    def train(
+        stage: str, program: Mapping, runs: list[dict], conclude=None, dataset: data.Dataset = dataset
+    ) -> Sequence[Mapping]:
         task = grid.task(settings, **program)
         if not record.is_done(stage):
             further = (
@@ -128,9 +132,10 @@ def _train(grid: Grid, settings: Settings, record: Record, track: Track) -> None
 
     chosen = None if grid.search is None else choose(grid, settings.steps, train)
     for program in results.programs_of(grid):
-        runs = runs_of(grid.runs, settings.seeds, settings.first_seed)
-        runs = runs if chosen is None else with_chosen(runs, chosen, program)
-        train(results.program_name(program), program, runs, grid.conclude)
+        seeds = min(settings.seeds, grid.most_seeds(settings, **program)) if grid.most_seeds else settings.seeds
+        runs = runs_of(grid.runs, seeds, settings.first_seed)
+        runs = runs if chosen is None else with_chosen(runs, chosen, program, grid.search.given)
+        train(results.program_name(program), program, runs, grid.conclude, of_result)
 
 
 def _concluding(program, task, settings, stage, every_run, conclude):
