@@ -102,6 +102,7 @@ class Trained:
       runs: the numbers of each.
       variables: theirs; every leaf has a leading axis [runs].
       arrays: the data set on the device, as `experiments.training.loop.on_device` has it.
+      settings: with which they were trained.
     """
 
     program: Mapping[str, Any]
@@ -109,6 +110,7 @@ class Trained:
     runs: Sequence[Mapping[str, float]]
     variables: Mapping[str, Any]
     arrays: Mapping[str, Any]
+    settings: Any = None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ EXPERIMENTS = (
     "covariate_shift",
     "large_rates",
     "spectrum",
+    "test_time",
 )
 
 

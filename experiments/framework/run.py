@@ -119,7 +119,8 @@ def _train(grid: Grid, settings: Settings, record: Record, track: Track) -> None
     def train(stage: str, program: Mapping, runs: list[dict], conclude=None) -> Sequence[Mapping]:
         task = grid.task(settings, **program)
         if not record.is_done(stage):
-            further = {} if conclude is None else {"conclude": _concluding(program, task, stage, runs, conclude)}
+            seen = program, task, stage, runs
+            further = {} if conclude is None else {"conclude": _concluding(*seen, conclude, settings)}
             train_grid(record, stage, task, schedule, runs, dataset, track, **further)
         return [row for row in record.rows() if row.get("stage") == stage]
 
@@ -130,11 +131,11 @@ def _train(grid: Grid, settings: Settings, record: Record, track: Track) -> None
         train(results.program_name(program), program, runs, grid.conclude)
 
 
-def _concluding(program, task, stage, every_run, conclude):
+def _concluding(program, task, stage, every_run, conclude, settings):
     """The experiment's `conclude` as rows of the stage, one for each part of the grid."""
 
     def rows(runs: list[dict], variables: dict, arrays: dict) -> list[dict]:
-        found = conclude(Trained(program, task, runs, variables, arrays))
+        found = conclude(Trained(program, task, runs, variables, arrays, settings))
         concluded = {name: (list(further), np.asarray(jax.device_get(v))) for name, (further, v) in found.items()}
         return [{"stage": stage, "first": every_run.index(runs[0]), "concluded": concluded}] if concluded else []
 
