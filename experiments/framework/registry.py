@@ -30,6 +30,7 @@ EXPERIMENTS = (
     "covariate_shift",
     "large_rates",
     "spectrum",
+    "cost",
     "test_time",
 )
 
