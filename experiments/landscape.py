@@ -30,9 +30,9 @@ from experiments.framework.experiment import WHY_FASTER, Experiment, Grid, Searc
 from experiments.framework.pictures import COLORS, dots, lines, panels
 from experiments.framework.results import final, side_by_side
 from experiments.framework.tables import table_of
-from experiments.training import loop, switched_vgg
+from experiments.training import loop
+from experiments.training.switched_networks import rate_of, vgg_task
 from experiments.training.switched_norm import kind
-from experiments.training.switched_vgg import rate_of
 from jaxbn import diagnostics
 
 PLAIN, NORM, FROZEN = "plain", "batch norm", "frozen"
@@ -61,7 +61,7 @@ class Sizes(Settings):
 def task(settings: Sizes) -> loop.Task:
     """The network with the run's normalizer, under SGD at its "rate", or at RATE where it has the "same" as all."""
     rate = partial(rate_of, same=RATE)
-    plain = switched_vgg.task(settings.blocks, settings.units, lambda run: optax.sgd(rate(run)))
+    plain = vgg_task(settings.blocks, settings.units, lambda run: optax.sgd(rate(run)))
     loss = loop.loss_of(plain.apply)
 
     def metrics(run: dict, state: dict, arrays: dict) -> dict:

@@ -26,9 +26,9 @@ from experiments.framework.experiment import WHY_FASTER, Experiment, Grid, Searc
 from experiments.framework.pictures import COLORS, dots, lines, panels
 from experiments.framework.results import final, side_by_side
 from experiments.framework.tables import table_of
-from experiments.training import loop, switched_vgg
+from experiments.training import loop
+from experiments.training.switched_networks import rate_of, vgg_task
 from experiments.training.switched_norm import freeze, kind
-from experiments.training.switched_vgg import rate_of
 from jaxbn import diagnostics
 
 PLAIN, NORM, FROZEN = "plain", "batch norm", "batch norm, then frozen"
@@ -52,7 +52,7 @@ class Sizes(Settings):
 @cache
 def task(settings: Sizes) -> loop.Task:
     """The network with the run's normalizer, under SGD at its "rate", or at RATE where it has the "same" as all."""
-    return switched_vgg.task(settings.blocks, settings.units, lambda run: optax.sgd(rate_of(run, RATE)))
+    return vgg_task(settings.blocks, settings.units, lambda run: optax.sgd(rate_of(run, RATE)))
 
 
 def spectra(trained: Trained) -> dict:

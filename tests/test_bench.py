@@ -204,9 +204,10 @@ def test_the_page_shows_the_figures_of_the_committed_record():
     assert figures.with_figures(text) == text, "run `python -m experiments bench --tables`"
 
 
-def test_the_tables_beside_the_record_are_those_of_the_record():
-    held = figures.RECORD.with_suffix(".md").read_text()
-    assert records.in_markdown(records.read(figures.RECORD)) == held, "run `python -m experiments bench --tables`"
+@pytest.mark.parametrize("path", [figures.RECORD, figures.GPU_RECORD])
+def test_the_tables_beside_the_record_are_those_of_the_record(path):
+    held = path.with_suffix(".md").read_text()
+    assert records.in_markdown(records.read(path)) == held, "run `python -m experiments bench --tables`"
 
 
 def test_figures_are_made_anew_from_the_record(tmp_path, monkeypatch, capsys):
@@ -216,6 +217,7 @@ def test_figures_are_made_anew_from_the_record(tmp_path, monkeypatch, capsys):
     for module in (figures, command):
         monkeypatch.setattr(module, "README", page)
         monkeypatch.setattr(module, "RECORD", tmp_path / "record.json")
+        monkeypatch.setattr(module, "GPU_RECORD", tmp_path / "gpu.json")
     records.write(tmp_path / "record.json", record)
     assert main(["bench", "--tables"]) == 0
     assert "README.md" in capsys.readouterr().out

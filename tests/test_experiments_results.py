@@ -8,6 +8,7 @@ import xarray as xr
 
 from experiments.framework import protocol, results
 from experiments.framework.experiment import Experiment, Grid, Search
+from experiments.framework.run import measured_stretches
 from experiments.framework.search import FIRST_SEED, choose, runs_of, search, with_chosen
 from experiments.framework.tables import mean_and_std, table_of
 from experiments.training import loop
@@ -220,3 +221,10 @@ def test_mean_and_deviation_of_one_value_of_none_and_of_some():
     assert mean_and_std(np.array([np.nan])) == "–"
     assert mean_and_std(np.array([1e200, 3e200]), ".1e") == "2.0e+200 ± 1.4e+200"
     assert mean_and_std(np.zeros(2), ".2g") == "0 ± 0"
+
+
+def test_runs_without_any_value_are_not_kept():
+    nan = np.nan
+    values = np.array([[nan, 1], [2, nan], [nan, nan], [3, 4], [nan, nan]])
+    assert measured_stretches(values) == [(0, 2), (3, 4)]
+    assert measured_stretches(values[2:3]) == [(0, 1)]

@@ -7,15 +7,15 @@ A benchmark is a module with a NamedTuple `Row`, `measured() -> rows`, which yie
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.status import Status
 
 from experiments.bench import record as records
-from experiments.bench.figures import README, RECORD, with_figures
+from experiments.bench.figures import GPU_RECORD, README, RECORD, with_figures
 from experiments.bench.record import Measured
 from experiments.errors import UserError
 from experiments.framework import registry
+from experiments.framework.pictures import write_png
 from experiments.framework.tables import to_rich
 from experiments.framework.timing import keep_freed_memory
 
@@ -62,17 +62,16 @@ def draw(path: Path, name: str, rows: Sequence) -> None:
     """The benchmark's picture beside the record, if it has one."""
     module = registry.load_benchmark(name)
     if hasattr(module, "draw"):
-        figure = module.draw(rows)
-        picture = path.with_name(f"{path.stem}-{name}.png")
-        figure.savefig(picture, dpi=110, bbox_inches="tight", metadata={"Software": None})
-        plt.close(figure)
+        write_png(module.draw(rows), path.with_name(f"{path.stem}-{name}.png"), bbox_inches="tight")
 
 
 def rebuild() -> str:
-    """Make the tables, pictures and the README of this room anew from the committed record; what was made."""
-    record = records.read(RECORD)
-    records.write(RECORD, record)
-    for name, measured in record.items():
-        draw(RECORD, name, measured.rows)
+    """Make the tables, pictures and the README of this room anew from the committed records; what was made."""
+    paths = [path for path in (RECORD, GPU_RECORD) if path.exists()]
+    for path in paths:
+        record = records.read(path)
+        records.write(path, record)
+        for name, measured in record.items():
+            draw(path, name, measured.rows)
     README.write_text(with_figures(README.read_text()))
-    return f"{README} and {RECORD.with_suffix('.md')}"
+    return " and ".join(map(str, [README, *(path.with_suffix(".md") for path in paths)]))

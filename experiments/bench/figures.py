@@ -19,6 +19,7 @@ from experiments.framework.tables import Table, to_markdown
 README = Path(__file__).with_name("README.md")
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
 RECORD = RESULTS / "record.json"
+GPU_RECORD = RESULTS / "gpu.json"
 AHEAD_OF_TIME = RESULTS / "aot.json"
 
 Record = dict[str, Measured]
@@ -34,13 +35,15 @@ def with_figures(text: str) -> str:
     )
 
 
-def _shown(name: str, tables: Callable[[list], list[Table]]) -> Callable[[], str]:
+def _shown(
+    name: str, tables: Callable[[list], list[Table]], path: Callable[[], Path] = lambda: RECORD
+) -> Callable[[], str]:
     """Tables of one benchmark with where they come from; a sentence where it was not recorded yet."""
 
     def shown() -> str:
-        record = read(RECORD)
+        record = read(path()) if path().exists() else {}
         if name not in record:
-            return f"Not recorded yet: `python -m experiments bench {name} --json {RECORD.name}`."
+            return f"Not recorded yet: `python -m experiments bench {name} --json {path().name}`."
         measured = record[name]
         return "\n\n".join([*map(to_markdown, tables(measured.rows)), origin(measured.provenance, name)])
 
@@ -84,7 +87,7 @@ def step_times(rows: list[steps.Row]) -> list[Table]:
         ]
         for row in rows
     ]
-    return [Table("A training step, float32, SGD", ["network", "jaxbn, ms", *(f"over {n}" for n in names)], body)]
+    return [Table("A training step, SGD", ["network", "jaxbn, ms", *(f"over {n}" for n in names)], body)]
 
 
 def kept(rows: list[memory.Row]) -> list[Table]:
@@ -117,5 +120,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "grid": _shown("grid", grid.tabulate),
     "compile": _shown("compile", compile.tabulate),
     "memory": _shown("memory", kept),
+    "gpu_speed": _shown("operation", speed, lambda: GPU_RECORD),
+    "gpu_steps": _shown("steps", step_times, lambda: GPU_RECORD),
     "accelerators": ahead_of_time,
 }

@@ -5,11 +5,13 @@ are updated. Forward plus backward returns y, the new statistics and the gradien
 """
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 import jaxbn
 from experiments.aot.hlo import temporary_bytes
@@ -39,10 +41,13 @@ class LayerCall(NamedTuple):
         """Of x."""
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
-    def draw(self) -> tuple[np.ndarray, np.ndarray]:
-        """X, with a mean of half its standard deviation, and the cotangent of y; float32."""
-        draws = np.random.default_rng(0)
-        return 0.5 + draws.standard_normal(self.shape, np.float32), draws.standard_normal(self.shape, np.float32)
+
+@lru_cache(maxsize=1)
+def draw(call: LayerCall) -> tuple[jax.Array, jax.Array]:
+    """X, with a mean of half its standard deviation, and the cotangent of y; all libraries take the same arrays."""
+    key_of_x, key_of_dy = jax.random.split(jax.random.key(0))
+    x = 0.5 + jax.random.normal(key_of_x, call.shape)
+    return x.astype(call.dtype), jax.random.normal(key_of_dy, call.shape).astype(call.dtype)
 
 
 def candidates(call: LayerCall) -> dict[str, Candidate]:
@@ -50,13 +55,15 @@ def candidates(call: LayerCall) -> dict[str, Candidate]:
     relu = jax.nn.relu if call.relu else None
     norms = {FUSED if relu else OURS: jaxbn.batch_norm(activation=relu)}
     norms |= {name: followed_by(norm, relu) for name, norm in installed().items()}
-    built = {name: in_jax(call, norm) for name, norm in norms.items()}
+    draw(call)
+    with ThreadPoolExecutor() as threads:  # compiles them side by side
+        built = dict(zip(norms, threads.map(partial(in_jax, call), norms.values()), strict=True))
     return built | {name: in_torch(call, channels_last=last) for name, last in torch_layouts(call.shape).items()}
 
 
 def in_jax(call: LayerCall, norm: jaxbn.Normalizer) -> Candidate:
     """A Normalizer, compiled."""
-    x, dy = (jnp.asarray(v, call.dtype) for v in call.draw())
+    x, dy = draw(call)
     variables = norm.init(jax.random.key(0), x)
 
     def forward(params: Any, batch_stats: Any, x: jax.Array) -> tuple[jax.Array, Any]:
@@ -73,16 +80,13 @@ def in_jax(call: LayerCall, norm: jaxbn.Normalizer) -> Candidate:
 
 
 def in_torch(call: LayerCall, *, channels_last: bool) -> Candidate:
-    """The layer of torch in eager mode, on features first or, in memory, last."""
+    """The layer of torch in eager mode, on features first or, in memory, last; where JAX has its arrays."""
     import torch
 
-    layer_of = torch.nn.BatchNorm2d if len(call.shape) == 4 else torch.nn.BatchNorm1d
-    layer = layer_of(call.shape[-1], momentum=0.01).train(call.mode != EVAL)
     order = torch.channels_last if channels_last else torch.contiguous_format
-    x, dy = (
-        torch.tensor(np.moveaxis(v, -1, 1)).to(getattr(torch, call.dtype)).contiguous(memory_format=order)
-        for v in call.draw()
-    )
+    x, dy = (torch.from_dlpack(v).movedim(-1, 1).contiguous(memory_format=order) for v in draw(call))
+    layer_of = torch.nn.BatchNorm2d if len(call.shape) == 4 else torch.nn.BatchNorm1d
+    layer = layer_of(call.shape[-1], momentum=0.01, device=x.device).train(call.mode != EVAL)
 
     def forward() -> Any:
         y = layer(x)
@@ -98,11 +102,23 @@ def in_torch(call: LayerCall, *, channels_last: bool) -> Candidate:
         forward().backward(dy)
 
     x.requires_grad_(call.mode == BOTH)
-    return Candidate(both if call.mode == BOTH else without_gradients)
+    return Candidate(waiting(both if call.mode == BOTH else without_gradients))
+
+
+def waiting(work: Callable[[], object]) -> Callable[[], None]:
+    """Work of torch, and the wait until a GPU has done it."""
+    import torch
+
+    def run() -> None:
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
 
 
 def copy(call: LayerCall) -> Candidate:
     """The call's x read once and written once: what two passes over memory cost."""
-    x = jnp.asarray(call.draw()[0], call.dtype)
+    x, _ = draw(call)
     run = jax.jit(jnp.negative)
     return Candidate(lambda: jax.block_until_ready(run(x)))

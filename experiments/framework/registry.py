@@ -30,6 +30,7 @@ EXPERIMENTS = (
     "covariate_shift",
     "large_rates",
     "spectrum",
+    "recurrent",
     "cost",
     "test_time",
 )

@@ -98,6 +98,7 @@ def config_of(experiment: Experiment, name: str, preset: str, settings: Settings
     return config
 
 
+@jax.default_matmul_precision("float32")  # which accelerators give up for speed, unless told
 def measure(experiment: Experiment, settings: Settings, record: Record, track: Track) -> None:
     """Train the grid and run the stages; what the record has is not done again."""
     if experiment.grid is not None:
@@ -132,14 +133,28 @@ def _train(grid: Grid, settings: Settings, record: Record, track: Track) -> None
 
 
 def _concluding(program, task, stage, every_run, conclude, settings):
-    """The experiment's `conclude` as rows of the stage, one for each part of the grid."""
+    """The experiment's `conclude` as rows of the stage: runs that stand beside each other, but for those without any.
+
+    Of a run that is nan throughout nothing is kept; it is read back as nan.
+    """
 
     def rows(runs: list[dict], variables: dict, arrays: dict) -> list[dict]:
         found = conclude(Trained(program, task, runs, variables, arrays, settings))
-        concluded = {name: (list(further), np.asarray(jax.device_get(v))) for name, (further, v) in found.items()}
-        return [{"stage": stage, "first": every_run.index(runs[0]), "concluded": concluded}] if concluded else []
+        first = every_run.index(runs[0])
+        return [
+            {"stage": stage, "first": first + start, "concluded": {name: (list(further), values[start:stop])}}
+            for name, (further, values) in jax.device_get(found).items()
+            for start, stop in measured_stretches(np.asarray(values))
+        ]
 
     return rows
+
+
+def measured_stretches(values: np.ndarray) -> list[tuple[int, int]]:
+    """Where the first axis has anything but nan, as (start, stop) of indices beside each other; all if nowhere."""
+    known = [not np.isnan(one).all() for one in values]
+    edges = np.flatnonzero(np.diff([False, *known, False])).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True)) or [(0, len(values))]
 
 
 def plan(experiment: Experiment, name: str, preset: str, settings: Settings, directory: Path) -> Table:

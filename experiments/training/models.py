@@ -80,6 +80,15 @@ def conv3x3(features: int, *, stride: int, use_bias: bool) -> Layer:
     return Layer(lambda shape: (3, 3, shape[-1], features), apply, features, use_bias)
 
 
+def conv1x1(features: int, *, use_bias: bool) -> Layer:
+    """The same dense layer at every pixel; x: [batch, height, width, channels]."""
+
+    def apply(weights: dict, x: Array) -> Array:
+        return _add_bias(weights, x @ weights["kernel"])
+
+    return Layer(lambda shape: (shape[-1], features), apply, features, use_bias)
+
+
 def conv5x5(features: int, *, padding: str, use_bias: bool) -> Layer:
     """A 5 x 5 convolution, padding "SAME" or "VALID"; x: [batch, height, width, channels]."""
 
@@ -106,6 +115,14 @@ def after_pooling(layer: Layer) -> Layer:
         return layer.kernel_shape((batch, height // 2, width // 2, channels))
 
     return layer._replace(kernel_shape=kernel_shape, apply=lambda weights, x: layer.apply(weights, pool2x2(x)))
+
+
+def after_mean(layer: Layer) -> Layer:
+    """The layer on the mean over all pixels, "global average pooling"; x: [batch, height, width, channels]."""
+    return layer._replace(
+        kernel_shape=lambda shape: layer.kernel_shape((shape[0], shape[-1])),
+        apply=lambda weights, x: layer.apply(weights, x.mean((1, 2))),
+    )
 
 
 def patches3x3(x: Array, stride: int) -> Array:
@@ -315,6 +332,25 @@ def vgg(blocks: Sequence[Sequence[int]], norm: jaxbn.Normalizer, *, units: int, 
     ]
     layers.append(dense(units, use_bias=False))
     return stack(layers, dense(classes, use_bias=True), norm, jax.nn.relu, glorot_weights())
+
+
+def nin(blocks: Sequence[int], norm: jaxbn.Normalizer, *, classes: int = 10) -> Network:
+    """By block a 3 x 3 and two 1 x 1 convolutions, then a mean over pixels; ReLU, Glorot (Lin, Chen and Yan 2014).
+
+    `blocks` says the filters of each block, whose first convolution has stride 2, where the source has a maximum. The
+    last convolution, to classes, and the mean over pixels are taken in the other order, which is the same. The bias is
+    the norm's.
+    """
+    layers = [
+        layer
+        for filters in blocks
+        for layer in (
+            conv3x3(filters, stride=2, use_bias=False),
+            conv1x1(filters, use_bias=False),
+            conv1x1(filters, use_bias=False),
+        )
+    ]
+    return stack(layers, after_mean(dense(classes, use_bias=True)), norm, jax.nn.relu, glorot_weights())
 
 
 def lenet(

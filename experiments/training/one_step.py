@@ -26,7 +26,7 @@ class Timed(NamedTuple):
 
 def training(network: Network, optimizer: optax.GradientTransformation, x: Array, labels: Array) -> Timed:
     """A step that goes on from the state of the last one; x: [batch, ...], labels: int [batch]."""
-    variables = network.init(jax.random.key(0), x)
+    variables = jax.jit(network.init)(jax.random.key(0), x)
 
     def step(state: tuple, x: Array, labels: Array) -> tuple:
         params, batch_stats, optimizer_state = state
@@ -51,7 +51,7 @@ def training(network: Network, optimizer: optax.GradientTransformation, x: Array
 
 def prediction(network: Network, x: Array) -> Timed:
     """The logits of a batch at test time."""
-    variables = network.init(jax.random.key(0), x)
+    variables = jax.jit(network.init)(jax.random.key(0), x)
 
     def predict(variables: dict, x: Array) -> Array:
         return network.apply(variables, x, train=False)[0]

@@ -161,14 +161,16 @@ def _lanczos(product, like: Array, iterations: int, key: Array) -> tuple[Array, 
     start = jax.random.rademacher(key, (size,), dtype) / jnp.sqrt(jnp.asarray(size, dtype))
     basis = jnp.zeros((iterations + 1, size), dtype).at[0].set(start)
 
+    times = partial(jnp.matmul, precision="highest")  # on accelerators float32 is rounded otherwise
+
     def orthogonal(vector, basis):
         for _ in range(2):  # Once leaves rounding of the order of what was taken away; twice is enough (Kahan).
-            vector = vector - (basis @ vector) @ basis
+            vector = vector - times(times(basis, vector), basis)
         return vector
 
     def one(basis, number):
         image = product(basis[number])
-        diagonal = basis[number] @ image
+        diagonal = times(basis[number], image)
         rest = orthogonal(image, basis)
         beside = jnp.linalg.norm(rest)
         exhausted = beside <= 10 * jnp.finfo(dtype).eps * jnp.linalg.norm(image)
