@@ -1,13 +1,14 @@
 """From rows to arrays with named axes, and what searches make of them."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import xarray as xr
 
-from experiments.framework import protocol, results
-from experiments.framework.experiment import Experiment, Grid, Search
+from experiments.framework import protocol, results, run
+from experiments.framework.experiment import Experiment, Grid, Search, Settings
 from experiments.framework.run import measured_stretches
 from experiments.framework.search import FIRST_SEED, choose, runs_of, search, with_chosen
 from experiments.framework.tables import mean_and_std, table_of
@@ -144,6 +145,42 @@ def test_cells_of_a_shared_axis_take_what_is_best_at_its_first_value():
 
     runs = with_chosen(runs_of(grid.runs, 1), search(grid, train), {})
     assert [(run["times"], run["rate"]) for run in runs] == [(1.0, 2.0), (100.0, 2.0)]
+
+
+def test_programs_share_a_choice_and_take_what_is_given():
+    programs = {"trained": ("best rate", "given rate"), "arm": ("plain", "batch norm")}
+    given = lambda cell: 9.0 if cell["trained"] == "given rate" and cell["arm"] == "plain" else None
+    grid = Grid(None, 1, programs, {}, Search("rate", (1.0, 2.0, 4.0), shared=("trained",), given=given))
+
+    def train(stage, program, runs):
+        assert program["trained"] == "best rate"
+        return list(rows_of(stage, runs, lambda run, step: -abs(run["rate"] - 2.0)))
+
+    chosen = search(grid, train)
+    rates = {
+        tuple(program.values()): with_chosen(runs_of({}, 1), chosen, program, given)[0]["rate"]
+        for program in results.programs_of(grid)
+    }
+    assert rates.pop(("given rate", "plain")) == 9.0
+    assert set(rates.values()) == {2.0}
+
+
+def test_a_program_takes_some_of_the_seeds_and_the_result_all_examples(monkeypatch):
+    trained = {}
+    monkeypatch.setattr(run, "choose", lambda grid, steps, train: xr.DataArray([1.0], {"arm": ["plain"]}, name="rate"))
+    monkeypatch.setattr(
+        run,
+        "train_grid",
+        lambda record, stage, task, schedule, runs, dataset, *rest, **more: trained.update(
+            seeds=[one["seed"] for one in runs], examples=len(dataset.train_labels)
+        ),
+    )
+    wanted = Search("rate", (1.0,), then_on_all=True)
+    most = lambda settings, arm: {"plain": 2}[arm]
+    grid = Grid(lambda settings, arm: None, 1, {"arm": ("plain",)}, search=wanted, most_seeds=most)
+    record = SimpleNamespace(is_done=lambda stage: False, rows=list)
+    run._train(grid, Settings(seeds=3, data="mnist5k", steps=1, interval=1), record, None)
+    assert trained == {"seeds": [0, 1], "examples": 4000}
 
 
 def test_a_named_value_of_an_axis_brings_its_numbers_into_the_run():

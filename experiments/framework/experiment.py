@@ -53,11 +53,14 @@ class Search:
       seeds: runs of each value; they are not used again.
       on: the metric by whose mean over seeds is chosen; larger is better. A run that diverged counts as the worst.
       extensions: how often values may be added.
-      shared: run axes along which the choice is shared: it is made at the first value and holds for all others.
+      shared: axes along which the choice is shared: it is made at the first value and holds for all others.
       together: whether the runs of all values train together; else value after value, which saves compiling where the
         runs of one value are many: then they are as many as those of the result.
       least_steps: with fewer steps of training, as to see whether everything runs, nothing is searched and all take the
         first value. It saves half of what is compiled.
+      given: given(cell) -> the value that the result has in a cell {axis: value} where the source fixes it, else None.
+      then_on_all: whether the networks of the result train on the validation part too, once all is chosen. Their
+        validation accuracy is then one on training examples.
     """
 
     axis: str
@@ -68,6 +71,8 @@ class Search:
     shared: tuple[str, ...] = ()
     together: bool = True
     least_steps: int = 0
+    given: Callable[[Mapping[str, Any]], float | None] | None = None
+    then_on_all: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Grid:
         names instead, each for some numbers of a run: {"arm": {"plain": {"normalize": 0}, "batch norm": ...}}.
       search: chooses the value of one further number of a run; None if nothing is chosen.
       conclude: conclude(trained) -> {name: (names of further axes, values [runs, ...])}; see `Trained`.
+      most_seeds: most_seeds(settings, **program) -> how many of the settings' seeds a program takes at most, the first
+        ones; None: all take all.
     """
 
     task: Callable[..., Task]
@@ -90,6 +97,7 @@ class Grid:
     runs: Mapping[str, tuple[float, ...] | Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     search: Search | None = None
     conclude: "Callable[[Trained], Mapping[str, tuple[tuple[str, ...], Any]]] | None" = None
+    most_seeds: Callable[..., int] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class Trained:
       runs: the numbers of each.
       variables: theirs; every leaf has a leading axis [runs].
       arrays: the data set on the device, as `experiments.training.loop.on_device` has it.
-      settings: with which they were trained.
+      settings: of the experiment.
     """
 
     program: Mapping[str, Any]

@@ -102,8 +102,13 @@ def _matters(number: int, places: np.ndarray, counts: Sequence[int]) -> bool:
 
 
 def validation_beside_test(grid: Grid, results: xr.Dataset) -> Table | None:
-    """Final validation and test accuracy of every cell; None where they were not measured or are too many to read."""
+    """Final validation and test accuracy of every cell.
+
+    None where they were not measured, are too many to read, or the validation part was trained on.
+    """
     if not {"validation_accuracy", "test_accuracy"} <= set(results.data_vars):
+        return None
+    if grid.search is not None and grid.search.then_on_all:
         return None
     both = [final(results[name]) for name in ("validation_accuracy", "test_accuracy")]
     axes = [name for name in axes_of(grid) if name in both[0].dims]

@@ -116,23 +116,29 @@ def measure(experiment: Experiment, settings: Settings, record: Record, track: T
 def _train(grid: Grid, settings: Settings, record: Record, track: Track) -> None:
     dataset = data.load(settings.data)
     schedule = Schedule(settings.steps, settings.interval, grid.batch_size)
+    on_all = grid.search is not None and grid.search.then_on_all
+    of_result = data.validation_for_training(dataset) if on_all else dataset
 
-    def train(stage: str, program: Mapping, runs: list[dict], conclude=None) -> Sequence[Mapping]:
+    def train(
+        stage: str, program: Mapping, runs: list[dict], conclude=None, dataset: data.Dataset = dataset
+    ) -> Sequence[Mapping]:
         task = grid.task(settings, **program)
         if not record.is_done(stage):
-            seen = program, task, stage, runs
-            further = {} if conclude is None else {"conclude": _concluding(*seen, conclude, settings)}
+            further = (
+                {} if conclude is None else {"conclude": _concluding(program, task, settings, stage, runs, conclude)}
+            )
             train_grid(record, stage, task, schedule, runs, dataset, track, **further)
         return [row for row in record.rows() if row.get("stage") == stage]
 
     chosen = None if grid.search is None else choose(grid, settings.steps, train)
     for program in results.programs_of(grid):
-        runs = runs_of(grid.runs, settings.seeds, settings.first_seed)
-        runs = runs if chosen is None else with_chosen(runs, chosen, program)
-        train(results.program_name(program), program, runs, grid.conclude)
+        seeds = min(settings.seeds, grid.most_seeds(settings, **program)) if grid.most_seeds else settings.seeds
+        runs = runs_of(grid.runs, seeds, settings.first_seed)
+        runs = runs if chosen is None else with_chosen(runs, chosen, program, grid.search.given)
+        train(results.program_name(program), program, runs, grid.conclude, of_result)
 
 
-def _concluding(program, task, stage, every_run, conclude, settings):
+def _concluding(program, task, settings, stage, every_run, conclude):
     """The experiment's `conclude` as rows of the stage: runs that stand beside each other, but for those without any.
 
     Of a run that is nan throughout nothing is kept; it is read back as nan.

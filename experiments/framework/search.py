@@ -34,7 +34,7 @@ def search(grid: Grid, train: Train) -> xr.DataArray:
     scores = _scores(grid, wanted, tried, 0, train)
     for number in range(1, wanted.extensions + 1):
         best = scores.argmax(wanted.axis)
-        more = _beyond(tried, bool((best == 0).any()), bool((best == len(tried) - 1).any()))
+        more = beyond(tried, bool((best == 0).any()), bool((best == len(tried) - 1).any()))
         if not more:
             break
         scores = xr.concat([scores, _scores(grid, wanted, more, number, train)], wanted.axis).sortby(wanted.axis)
@@ -42,7 +42,7 @@ def search(grid: Grid, train: Train) -> xr.DataArray:
     return scores.idxmax(wanted.axis).rename(wanted.axis)
 
 
-def _beyond(tried: Sequence[float], below: bool, above: bool) -> tuple[float, ...]:
+def beyond(tried: Sequence[float], below: bool, above: bool) -> tuple[float, ...]:
     """Values at the distance (as a factor) of the last two, at the ends that are asked for."""
     lower = (_rounded(tried[0] * tried[0] / tried[1]),) if below else ()
     return (*lower, *((_rounded(tried[-1] * tried[-1] / tried[-2]),) if above else ()))
@@ -54,9 +54,12 @@ def _rounded(value):
 
 def _scores(grid: Grid, wanted: Search, values, number, train) -> xr.DataArray:
     """Mean over seeds of the metric at the end, [programs' axes, runs' axes, tried values]; -inf where one diverged."""
-    shared = {axis: _first(grid.runs[axis]) for axis in wanted.shared}
+    shared = {axis: _first(grid.runs[axis]) for axis in wanted.shared if axis in grid.runs}
     found = []
     for program in programs_of(grid):
+        own = {axis: value for axis, value in program.items() if axis not in wanted.shared}
+        if any(program[axis] != grid.programs[axis][0] for axis in program.keys() - own.keys()):
+            continue
         for some in [values] if wanted.together else [(value,) for value in values]:
             axes = {**grid.runs, **shared, wanted.axis: some}
             alone = "" if wanted.together else f", {wanted.axis} {some[0]:g}"
@@ -64,8 +67,8 @@ def _scores(grid: Grid, wanted: Search, values, number, train) -> xr.DataArray:
             metrics = stage_results(train(stage, program, runs_of(axes, wanted.seeds, FIRST_SEED)), tuple(axes))
             finite = np.isfinite(metrics["loss"].isel(step=-1))
             score = metrics[wanted.on].isel(step=-1).where(finite, -np.inf).mean("seed")
-            score = score.isel(dict.fromkeys(wanted.shared, 0), drop=True)
-            found.append(score.assign_coords(program).expand_dims(list(program)))
+            score = score.isel(dict.fromkeys(shared, 0), drop=True)
+            found.append(score.assign_coords(own).expand_dims(list(own)))
     return xr.combine_by_coords([score.to_dataset(name="score") for score in found])["score"]
 
 
@@ -81,7 +84,13 @@ def runs_of(axes: Mapping[str, Sequence | Mapping], seeds: int, first_seed: int 
     return [{"seed": seed, **cell} for seed in range(first_seed, first_seed + seeds) for cell in cells]
 
 
-def with_chosen(runs: list[dict], chosen: xr.DataArray, program: Mapping) -> list[dict]:
-    """The runs of one program, each with the value that was chosen for its cell."""
-    own = chosen.sel(program)
-    return [{**run, str(chosen.name): float(own.sel({a: run[a] for a in own.dims}))} for run in runs]
+def with_chosen(
+    runs: list[dict], chosen: xr.DataArray, program: Mapping, given: Callable[[dict], float | None] | None = None
+) -> list[dict]:
+    """The runs of one program, each with the value that was chosen for its cell, or is given for it."""
+
+    def value(cell: dict) -> float:
+        fixed = None if given is None else given(cell)
+        return float(chosen.sel({axis: cell[axis] for axis in chosen.dims})) if fixed is None else fixed
+
+    return [{**run, str(chosen.name): value({**program, **run})} for run in runs]

@@ -1,0 +1,415 @@
+"""Is the noise of batch statistics what makes batch norm generalize, and is dropout still needed beside it?
+
+Protocol: MLP on digits of 14 x 14 pixels: two hidden layers of 128 units, ReLU after the norm, Glorot-uniform weights,
+SGD with momentum 0.9, 390 steps of 256 examples (30 epochs of 3,500 digits). All arms of a seed start from the same
+weights and see the same batches, so that the noise of SGD is the same; each has the rate that was best on validation.
+They are one network with switches, which trains all:
+
+- no norm; batch norm by statistics of groups of 4, 16 and 64 examples (ghost batches) and of all 256: each without
+  dropout, and with dropout of 0.25 and 0.5 after both hidden layers;
+- noise put back: statistics of all 256, plus Gaussian noise as great as statistics of 16 examples have. The control: if
+  noise is what helps, this helps as well;
+- decay of the scale: statistics of all 256, plus an L2 penalty on the scales of the norms, at three strengths. By Luo
+  et al. 2018 batch norm is population normalization, which has no noise, and such a decay.
+
+Where one of several is "chosen" (strength of dropout, of decay), it is the one with the best validation accuracy, mean
+over all *other* seeds. The generalization gap is test loss minus training loss, both in evaluation mode.
+
+Dropout shifts the variance between training and test (Li et al. 2018). The control takes that away: the same trained
+networks with the exact statistics of the training digits, measured without dropout ("recalibrated").
+
+Uncertainty, by Teye et al. 2018: probabilities averaged over 500 samples, each with the statistics of 16 training
+digits; beside them running statistics, the same with a temperature chosen on validation as a control, and dropout at
+test time in a network without norm. Unknown images are 1,000 pieces of clothing, told from digits by entropy.
+
+`python -m experiments run noise` takes about five minutes on two cores and needs fashion_mnist. 9 seeds, fixed before
+any result was seen; there was no pilot.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import xarray as xr
+from jax import Array
+from matplotlib.axes import Axes
+
+from experiments.framework.claim import Claim, Compared
+from experiments.framework.experiment import WHEN_IT_HELPS, Experiment, Grid, Search, Settings, Trained
+from experiments.framework.pictures import COLORS, dots, lines, panels
+from experiments.framework.results import final
+from experiments.framework.tables import table_of
+from experiments.training import data, loop, noisy_mlp
+from experiments.training.noisy_statistics import NOISY, WHOLE, kind, start
+
+PLAIN, FOUR, SIXTEEN, ALL = "no norm", "groups of 4", "groups of 16", "all 256"
+CROSSED = {
+    PLAIN: {"normalize": False},
+    FOUR: {"group": 4},
+    SIXTEEN: {"group": 16},
+    "groups of 64": {"group": 64},
+    ALL: {"group": WHOLE},
+}
+BOTH = [SIXTEEN, ALL]
+SIZES = {FOUR: 4, SIXTEEN: 16, "groups of 64": 64, ALL: 256}
+DROPOUTS = (0.0, 0.25, 0.5)
+PUT_BACK, DECAYED = "all 256, noise put back", "all 256, decay of scale"
+STRENGTHS = (1e-4, 1e-3, 1e-2)
+
+
+def crossing(arm: str, dropout: float) -> str:
+    """The name of a network."""
+    return f"{arm}, dropout {dropout:g}"
+
+
+DECAYS = {f"{DECAYED} {strength:g}": {**kind(), "decay": strength} for strength in STRENGTHS}
+NETWORKS = {
+    **{crossing(a, p): {**kind(**how, dropout=p), "decay": 0.0} for a, how in CROSSED.items() for p in DROPOUTS},
+    PUT_BACK: {**kind(16, drawn=True), "decay": 0.0},
+    **DECAYS,
+}
+BY_STATISTICS, BY_DROPOUT = crossing(SIXTEEN, 0), crossing(PLAIN, 0.5)  # networks of which samples are taken
+ONE, SOFTENED, SAMPLED = "running statistics", "one temperature", "mean of samples"
+HOWS = (ONE, SOFTENED, SAMPLED)
+FIGURES = LIKELIHOOD, CALIBRATION, UNKNOWN = "log likelihood", "calibration error", "clothes told from digits"
+SEEN = noisy_mlp.SEEN
+SHADES = {
+    PLAIN: COLORS["plain"], FOUR: "#6baed6", SIXTEEN: COLORS["batch norm"], "groups of 64": "#4a90c4",
+    ALL: "#08306b", PUT_BACK: "#e69f00", DECAYED: "#4dac5e",
+    ONE: COLORS["batch norm"], SOFTENED: "#e69f00", SAMPLED: "#4dac5e",
+}  # fmt: skip
+HELP_OR_HURT = "Does the noise of small batches help, or do small batches hurt?"
+NEEDED = "Is dropout still needed?"
+IOFFE, LUO = "Ioffe and Szegedy 2015, section 3.4", "Luo, Wang, Shao and Peng 2018"
+LI, TEYE = "Li, Chen, Hu and Yang 2018", "Teye, Azizpour and Smith 2018"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes(Settings):
+    """And the width of the network, samples of its predictions, and the data set of unknown images."""
+
+    width: int = 128
+    samples: int = 500
+    unknown: str = "fashion_mnist"
+
+
+@cache
+def task(settings: Sizes) -> loop.Task:
+    """The network of the run's kind under SGD at its "rate", with its "decay" of the scales."""
+    data.load(settings.unknown)  # a missing data set is told before the training and not after it
+    network = noisy_mlp.build(settings.width, NOISY)
+
+    def metrics(run: dict, state: dict, arrays: dict) -> dict[str, Array]:
+        index = data.spread(SEEN, len(arrays["train_labels"]))
+        parts = {"training": loop.take(arrays, index)}
+        parts["test"] = data.pixels(arrays["test_images"]), arrays["test_labels"]
+        found = {}
+        for name, (images, labels) in parts.items():
+            logits, _ = network.apply(state["variables"], images, train=False)
+            found[f"{name}_loss"] = loop.softmax_loss(logits, labels)
+        return found
+
+    def optimizer(run: dict) -> optax.GradientTransformation:
+        return optax.chain(noisy_mlp.decay_of_scales(run["decay"]), optax.sgd(run["rate"], momentum=0.9))
+
+    return loop.Task(partial(start, network), network.apply, optimizer, metrics=metrics)
+
+
+def look_closer(trained: Trained) -> dict:
+    """Accuracy with exact statistics of the training digits, and uncertainty of the networks that are sampled.
+
+    "recalibrated" [runs]; "uncertainty" [runs, how, figure]; nan where a network has no statistics, or is not sampled.
+    """
+    settings, runs = trained.settings, trained.runs
+    unknown = data.load(settings.unknown).test_images
+    unknown = jnp.asarray(unknown[data.spread(SEEN, len(unknown))])
+    accuracies = np.array(noisy_mlp.recalibrated(settings.width, trained.variables["params"], trained.arrays))
+    accuracies[[run["normalize"] == 0 for run in runs]] = np.nan
+    doubts = np.full((len(runs), len(HOWS), len(FIGURES)), np.nan)
+    for number, run in enumerate(runs):
+        if run["network"] in (BY_STATISTICS, BY_DROPOUT):
+            variables = jax.tree.map(lambda leaf, number=number: leaf[number], trained.variables)
+            how = settings.width, settings.samples, SIZES[SIXTEEN] if run["network"] == BY_STATISTICS else None
+            doubts[number] = noisy_mlp.judge_probabilities(*how, variables, run["seed"], trained.arrays, unknown)
+    return {"recalibrated": ((), accuracies), "uncertainty": (("how", "figure"), doubts)}
+
+
+def crossed(array: xr.DataArray) -> xr.DataArray:
+    """The networks that are crossed with dropout: [arm, dropout, ...]."""
+    arms = [xr.concat([array.sel(network=crossing(arm, p), drop=True) for p in DROPOUTS], "dropout") for arm in CROSSED]
+    return xr.concat(arms, "arm").assign_coords(arm=list(CROSSED), dropout=list(DROPOUTS))
+
+
+def chosen(r: xr.Dataset, networks: list[str]) -> xr.DataArray:
+    """Test accuracy of the one of some networks that has the best validation accuracy by all other seeds."""
+    some = r.sel(network=networks)
+    validation = final(some.validation_accuracy)
+    best = (validation.sum("seed") - validation).argmax("network")
+    return final(some.test_accuracy).isel(network=best).drop_vars("network")
+
+
+def accuracy(r: xr.Dataset) -> xr.DataArray:
+    """Final test accuracy by arm and dropout."""
+    return crossed(final(r.test_accuracy))
+
+
+def without(r: xr.Dataset) -> xr.DataArray:
+    """Final test accuracy of every arm without dropout."""
+    alone = accuracy(r).sel(dropout=0, drop=True)
+    further = final(r.test_accuracy).sel(network=PUT_BACK, drop=True), chosen(r, list(DECAYS))
+    return xr.concat(
+        [alone, *(one.assign_coords(arm=n) for n, one in zip((PUT_BACK, DECAYED), further, strict=True))], "arm"
+    )
+
+
+def gap(r: xr.Dataset) -> xr.DataArray:
+    """Test loss minus training loss at the end, by arm and dropout."""
+    return crossed(final(r.test_loss) - final(r.training_loss))
+
+
+def gained_by_dropout(r: xr.Dataset) -> xr.DataArray:
+    """Final test accuracy with the chosen dropout minus without, by arm."""
+    found = [chosen(r, [crossing(arm, p) for p in DROPOUTS[1:]]) for arm in CROSSED]
+    return xr.concat(found, "arm").assign_coords(arm=list(CROSSED)) - accuracy(r).sel(dropout=0, drop=True)
+
+
+def in_place_of_dropout(r: xr.Dataset) -> xr.DataArray:
+    """Final test accuracy of batch norm by 16 without dropout minus that of no norm with the chosen dropout."""
+    alone = accuracy(r).sel(dropout=0, drop=True)
+    return alone.sel(arm=SIXTEEN, drop=True) - (alone + gained_by_dropout(r)).sel(arm=PLAIN, drop=True)
+
+
+def at_half(r: xr.Dataset, arms: list[str]) -> xr.DataArray:
+    """Final test accuracy with dropout 0.5 minus without."""
+    values = accuracy(r).sel(arm=arms)
+    return values.sel(dropout=0.5, drop=True) - values.sel(dropout=0, drop=True)
+
+
+def mended(r: xr.Dataset, arms: list[str]) -> xr.DataArray:
+    """Test accuracy with dropout 0.5: exact statistics minus running ones."""
+    return (crossed(r.recalibrated) - accuracy(r)).sel(arm=arms, dropout=0.5).drop_vars("dropout")
+
+
+def trust(r: xr.Dataset, figure: str, network: str = BY_STATISTICS) -> xr.DataArray:
+    """One figure of uncertainty of a network: [how, seed]."""
+    found = r.uncertainty.sel(network=network, drop=True)
+    return found.assign_coords(how=list(HOWS), figure=list(FIGURES)).sel(figure=figure, drop=True)
+
+
+def samples_alike(r: xr.Dataset) -> xr.DataArray:
+    """Log likelihood of samples: of batch statistics minus of dropout in the network without norm."""
+    return (trust(r, LIKELIHOOD) - trust(r, LIKELIHOOD, BY_DROPOUT)).sel(how=SAMPLED, drop=True)
+
+
+def both_networks(r: xr.Dataset) -> xr.DataArray:
+    """All figures of uncertainty of both networks: [network, how, figure, seed]."""
+    found = r.uncertainty.sel(network=[BY_STATISTICS, BY_DROPOUT])
+    return found.assign_coords(how=list(HOWS), figure=list(FIGURES))
+
+
+def draw_by_size(values: Callable, words: dict, ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
+    """One figure by the number of examples of which statistics are taken, a line for each dropout."""
+    shown = values(r).sel(arm=list(SIZES)).assign_coords(arm=list(SIZES.values())).rename("value")
+    named = shown.assign_coords(dropout=[f"dropout {p:g}" if p else "no dropout" for p in DROPOUTS])
+    shades = dict(zip(named.dropout.values, ("#08306b", "#4a90c4", "#e69f00"), strict=True))
+    lines(ax, named, x="arm", hue="dropout", palette=shades, style="dropout", markers=True)
+    ax.set(xscale="log", xlabel="examples of which statistics are taken", **words)
+    ax.set_xticks(list(SIZES.values()), map(str, SIZES.values()))
+    ax.minorticks_off()
+    ax.legend(frameon=False)
+
+
+def draw_arms(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
+    """Final test accuracy of every arm without dropout."""
+    dots(ax, without(r), "arm", SHADES)
+    ax.set(xlabel="final test accuracy", title="Without dropout: is it the noise?")
+
+
+def draw_dropout(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
+    """Final test accuracy by dropout, with and without batch norm."""
+    shown = accuracy(r).sel(arm=[PLAIN, *BOTH]).rename("accuracy")
+    lines(ax, shown, x="dropout", hue="arm", palette=SHADES, style="arm", markers=True)
+    ax.set(xlabel="dropout", ylabel="final test accuracy", xticks=DROPOUTS, title="Is dropout still needed?")
+    ax.legend(frameon=False)
+
+
+def draw_trust(figure: str, words: str, ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
+    """One figure of uncertainty of batch norm by 16."""
+    dots(ax, trust(r, figure), "how", SHADES)
+    ax.set(xlabel=words, title=f"{figure.capitalize()}")
+
+
+of_accuracy = partial(Claim, measures="final test accuracy, each arm at its best rate", unit="of test accuracy")
+by_samples = partial(Claim, source=TEYE)
+
+EXPERIMENT = Experiment(
+    title="Batch norm regularizes by the noise of its statistics, and takes the place of dropout.",
+    question="Does the noise of batch statistics help a network to generalize, and is dropout still needed?",
+    source=f"{IOFFE}; {LUO}; {LI}; {TEYE}",
+    citation="Sergey Ioffe and Christian Szegedy: Batch Normalization. ICML 2015, arXiv:1502.03167. Ping Luo, Xinjiang"
+    " Wang, Wenqi Shao and Zhanglin Peng: Towards Understanding Regularization in Batch Normalization. ICLR 2019,"
+    " arXiv:1809.00846. Xiang Li, Shuo Chen, Xiaolin Hu and Jian Yang: Understanding the Disharmony between Dropout and"
+    " Batch Normalization by Variance Shift. CVPR 2019, arXiv:1801.05134. Mattias Teye, Hossein Azizpour and Kevin"
+    " Smith: Bayesian Uncertainty Estimation for Batch Normalized Deep Networks. ICML 2018, arXiv:1802.06455.",
+    theme=WHEN_IT_HELPS,
+    differs="The sources train convolutional networks on CIFAR and ImageNet; here an MLP of three layers learns 3,500"
+    " digits for 30 epochs. Luo et al. vary the batch of SGD with that of batch norm, and estimate population"
+    " statistics from many examples; here SGD always takes 256, which also stand for the population, and their decay,"
+    " which they derive for one layer, has a strength chosen on validation. Noise put back is drawn for each unit by"
+    " itself, that of real batches is shared. Running variances are averages of biased ones, as in Flax: too small"
+    " where groups are. Abstracts and summaries of the sources were read, and figure 1 of Li et al.; section 3.4 of"
+    " Ioffe and Szegedy, and that Wu and He 2018 find small batches to hurt, are as remembered.",
+    settings={
+        "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=1, width=8, samples=3, unknown="mnist5k"),
+        "cpu": Sizes(seeds=9, data="mnist5k", steps=390, interval=195),
+        "full": Sizes(seeds=9, data="mnist", steps=8_600, interval=860, width=1024),
+    },
+    grid=Grid(
+        task, 256, {}, {"network": NETWORKS},
+        Search("rate", (0.03, 0.1, 0.3), extensions=1, least_steps=10), conclude=look_closer,
+    ),
+    claims=[
+        of_accuracy(
+            "The noise of batch statistics helps: those of 16 examples generalize better than those of 256.",
+            Compared(without, SIXTEEN, ALL), above=0.0, precision=0.002, source=f"{IOFFE}; {LUO}",
+            dispute=HELP_OR_HURT,
+        ),
+        of_accuracy(
+            "Too few examples hurt: statistics of 4 generalize worse than those of 16.",
+            Compared(without, FOUR, SIXTEEN), below=0.0, precision=0.002, source="Wu and He 2018",
+            dispute=HELP_OR_HURT,
+        ),
+        Claim(
+            "Noise narrows the gap between training and test.",
+            Compared(lambda r: gap(r).sel(dropout=0, drop=True), SIXTEEN, ALL, ratio=True), below=0.9,
+            measures="test loss minus training loss at the end, without dropout", unit="times the gap", source=LUO,
+        ),
+        of_accuracy(
+            "It is the noise that helps: put back into statistics of all 256 it helps as well.",
+            Compared(without, PUT_BACK, ALL), above=0.0, precision=0.002, source="a control of ours",
+        ),
+        of_accuracy(
+            "And then these are as good as statistics of 16.",
+            Compared(without, PUT_BACK, SIXTEEN), equal=0.005, source="a control of ours",
+        ),
+        of_accuracy(
+            "A decay of the scale helps statistics of all 256.",
+            Compared(without, DECAYED, ALL), above=0.0, precision=0.002, source=LUO,
+        ),
+        of_accuracy(
+            "With it they are as good as statistics of 16: batch norm is population normalization and such a decay.",
+            Compared(without, DECAYED, SIXTEEN), equal=0.005, source=LUO,
+        ),
+        Claim(
+            "With batch norm dropout is not needed.",
+            lambda r: gained_by_dropout(r).sel(arm=BOTH), below=0.005, unit="of test accuracy", source=IOFFE,
+            measures="final test accuracy with batch norm, each at its best rate: the chosen dropout minus none",
+            dispute=NEEDED,
+        ),
+        Claim(
+            "Dropout still helps beside batch norm.",
+            lambda r: gained_by_dropout(r).sel(arm=BOTH), above=0.0, precision=0.002, unit="of test accuracy",
+            measures="final test accuracy with batch norm, each at its best rate: the chosen dropout minus none",
+            source="Zagoruyko and Komodakis 2016, by Li et al. 2018", dispute=NEEDED,
+        ),
+        Claim(
+            "Batch norm takes the place of dropout.", in_place_of_dropout, above=-0.005, unit="of test accuracy",
+            measures="final test accuracy, each at its best rate: statistics of 16 without dropout minus no norm with"
+            " the chosen dropout", source=IOFFE,
+        ),
+        Claim(
+            "Dropout gains more without batch norm than with it.",
+            Compared(gained_by_dropout, PLAIN, SIXTEEN), above=0.0, precision=0.002, unit="of test accuracy",
+            measures="final test accuracy with the chosen dropout minus without, each at its best rate", source=IOFFE,
+        ),
+        Claim(
+            "Dropout and batch norm together are worse than batch norm alone.",
+            lambda r: at_half(r, BOTH), below=0.0, precision=0.002, unit="of test accuracy", source=LI,
+            measures="final test accuracy with batch norm, each at its best rate: with dropout 0.5 minus without",
+        ),
+        Claim(
+            "That is because dropout shifts the variance between training and test: exact statistics help.",
+            lambda r: mended(r, BOTH), above=0.0, precision=0.002, unit="of test accuracy", source=LI,
+            measures="test accuracy of networks trained with dropout 0.5: statistics measured without dropout minus"
+            " running ones",
+        ),
+        by_samples(
+            "Samples over batch statistics give better probabilities than running statistics.",
+            Compared(lambda r: trust(r, LIKELIHOOD), SAMPLED, ONE, "how"), above=0.0, precision=0.005,
+            measures="mean log likelihood of test digits", unit="nats a digit",
+        ),
+        by_samples(
+            "They are better calibrated.",
+            Compared(lambda r: trust(r, CALIBRATION), SAMPLED, ONE, "how"), below=0.0, precision=0.002,
+            measures="expected calibration error on test digits, 15 bins", unit="of probability",
+        ),
+        by_samples(
+            "They tell better what the network does not know.",
+            Compared(lambda r: trust(r, UNKNOWN), SAMPLED, ONE, "how"), above=0.0, precision=0.005,
+            measures="probability that a piece of clothing has a higher entropy than a digit", unit="of probability",
+        ),
+        Claim(
+            "They do more than one temperature does.",
+            Compared(lambda r: trust(r, LIKELIHOOD), SAMPLED, SOFTENED, "how"), above=0.0, precision=0.005,
+            measures="mean log likelihood of test digits", unit="nats a digit", source="a control of ours",
+        ),
+        by_samples(
+            "They are as good as samples over dropout.", samples_alike, equal=0.02, unit="nats a digit",
+            measures="mean log likelihood of test digits: samples over statistics of 16 minus samples over dropout 0.5"
+            " without norm",
+        ),
+    ],
+    tables=[
+        table_of(
+            "Final test accuracy, by what statistics are taken of and by dropout", accuracy, rows=["arm"],
+            columns="dropout", note="In Li et al., figure 1, dropout 0.5 in every block of a DenseNet with batch norm"
+            " takes its accuracy on CIFAR-100 from 0.774 to 0.686.",
+        ),
+        table_of(
+            "The same with statistics measured anew on the training digits, without dropout",
+            lambda r: crossed(r.recalibrated).sel(arm=list(SIZES)), rows=["arm"], columns="dropout",
+        ),
+        table_of("Test loss minus training loss at the end", gap, rows=["arm"], columns="dropout"),
+        table_of(
+            "Statistics of all 256 with something in the place of noise: final test accuracy",
+            lambda r: final(r.test_accuracy).sel(network=[PUT_BACK, *DECAYS]).expand_dims(figure=["accuracy"]),
+            rows=["network"], columns="figure",
+        ),
+        table_of(
+            "Can the probabilities be trusted?", both_networks, rows=["network", "how"], columns="figure", form=".3f",
+            note=f"{UNKNOWN.capitalize()}: probability that a piece of clothing has the higher entropy.",
+        ),
+    ],
+    pictures=[
+        panels(
+            draw_arms, draw_dropout, file="noise.png", size=(5.6, 3.8),
+            title="Does the noise of batch statistics help, and is dropout still needed?",
+            caption="MLP on 3,500 digits. All networks take steps of the same 256 examples; those with batch norm"
+            " differ in over how many of them statistics are taken. 'Noise put back': statistics of all, plus Gaussian"
+            " noise as great as that of statistics of 16. Left: a dot a seed, a bar their mean. Right: means of the"
+            " seeds; bands: their range.",
+        ),
+        panels(
+            partial(draw_by_size, accuracy, {"ylabel": "final test accuracy", "title": "Accuracy"}),
+            partial(draw_by_size, gap, {"ylabel": "test loss - training loss", "title": "The generalization gap"}),
+            file="groups.png", size=(4.6, 3.4),
+            title="Over how many examples should statistics be taken?",
+            caption="The fewer examples, the more noise. The same networks with batch norm; lines: means of the seeds,"
+            " bands: their range.",
+        ),
+        panels(
+            partial(draw_trust, LIKELIHOOD, "mean log likelihood of test digits, nats (higher is better)"),
+            partial(draw_trust, CALIBRATION, "expected calibration error (lower is better)"),
+            partial(draw_trust, UNKNOWN, "area under the ROC curve (higher is better)"),
+            file="uncertainty.png", size=(4.6, 3.0),
+            title="Does batch norm know what it does not know?",
+            caption="The same networks (statistics of 16 examples, no dropout) with their running statistics, with one"
+            " temperature that softens these probabilities, and averaged over 500 samples, each with the statistics of"
+            " 16 training digits. Unknown are pieces of clothing. A dot a seed, a bar their mean.",
+        ),
+    ],
+)  # fmt: skip
