@@ -10,7 +10,7 @@ images of 224 x 224, bfloat16 activations, with our layer, Flax's and none.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from experiments.bench.compare import Candidate, compare
 from experiments.bench.peers import LINEN, OURS, PEERS, installed, torch_layouts
 from experiments.bench.torch_networks import CLASSES
 from experiments.framework.tables import Table
+from experiments.training import one_step
 from experiments.training.models import Network, lenet, mlp, normal_weights
 from experiments.training.resnet import resnet, small_resnet
 
@@ -110,29 +111,9 @@ def _candidates(training: Training) -> dict[str, Candidate]:
 
 
 def _in_jax(training: Training, norm: jaxbn.Normalizer) -> Candidate:
-    network, optimizer = training.network(norm), optax.sgd(RATE)
     x, labels = map(jnp.asarray, training.draw())
-    variables = jax.jit(network.init)(jax.random.key(0), x)
-
-    def step(state: tuple, x: jax.Array, labels: jax.Array) -> tuple:
-        params, batch_stats, optimizer_state = state
-
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            logits, moved = network.apply({"params": params, "batch_stats": batch_stats}, x, train=True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), moved
-
-        gradients, batch_stats = jax.grad(loss, has_aux=True)(params)
-        updates, optimizer_state = optimizer.update(gradients, optimizer_state)
-        return optax.apply_updates(params, updates), batch_stats, optimizer_state
-
-    state = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
-    compiled = jax.jit(step, donate_argnums=0).lower(state, x, labels).compile()
-    held = {"state": jax.tree.map(jnp.copy, state)}  # equal arrays may share a buffer, which is donated once
-
-    def run() -> None:
-        held["state"] = jax.block_until_ready(compiled(held["state"], x, labels))
-
-    return Candidate(run, temporary_bytes(compiled))
+    timed = one_step.training(training.network(norm), optax.sgd(RATE), x, labels)
+    return Candidate(timed.run, temporary_bytes(timed.compiled))
 
 
 def _in_torch(training: Training, *, channels_last: bool) -> Candidate:

@@ -38,6 +38,8 @@ EXPERIMENTS = (
     "rivals",
     "recurrent",
     "dcgan",
+    "cost",
+    "test_time",
 )
 
 

@@ -62,7 +62,8 @@ def table_of(
                 cells += ["" if np.isnan(v) else f"{v:{form}}" for v, form in zip(figures, forms, strict=True)]
             lines.append([*map(_label, at.values()), *cells])
         names = [*heads, *(f"published {head}" for head in heads)] if published is not None else heads
-        return Table(title, [*rows, *names], lines, f"{basis(settings)} {note}".strip(), len(rows))
+        known_of = basis(settings) if over == "seed" else _repetitions(array.sizes[over], over)
+        return Table(title, [*rows, *names], lines, f"{known_of} {note}".strip(), len(rows))
 
     return table
 
@@ -72,6 +73,11 @@ def basis(settings: Any) -> str:
     parts = [f"Mean ± standard deviation of {settings.seeds} seed{'s' * (settings.seeds != 1)}", settings.data]
     parts += [f"{settings.steps:,} steps"] if settings.steps else []
     return ", ".join(part for part in parts if part) + "."
+
+
+def _repetitions(count: int, of: str) -> str:
+    """Likewise where they are of something else than seeds; of a single value there is nothing to say."""
+    return f"Mean ± standard deviation of {count} {of}s." if count > 1 else ""
 
 
 def mean_and_std(values: np.ndarray, form: str = ".3f") -> str:
