@@ -318,7 +318,7 @@ EXPERIMENT = Experiment(
     pictures=[
         panels(
             draw_steps, draw_training, draw_batches, file="cost.png", size=(4.6, 4.2),
-            title="A step with batch norm is longer. Is training shorter all the same?",
+            title="What does batch norm cost, and is training shorter all the same?",
             caption="Left: medians over rounds of the ratio within a round, and quartiles; the published figure is the"
             " lesson's, 1,183 against 533 steps per second. Middle: means over seeds, bands their range, each arm at"
             " its best rate. Right: LeNet; the memory of a step is what its program allocates.",
