@@ -234,6 +234,19 @@ EXPERIMENT = Experiment(
     " Residual Learning for Image Recognition. CVPR 2016. Greg Yang et al.: A Mean Field Theory of Batch Normalization."
     " ICLR 2019.",
     theme=WHEN_IT_HELPS,
+    answer="In a residual network batch norm shrinks each branch to about 1/sqrt(blocks) of its shortcut at the start"
+    " (1.01 of it), while without it the signal grew 1.6-fold a block and 56 layers learned nothing (0.10 against"
+    " 0.78). A scalar of 0 in its place (SkipInit) let most of them learn, but slower: 0.54 after 400 steps.",
+    reader_questions={
+        "Does batch norm still matter in a residual network?": "Yes: with 56 layers the network named 0.78 of the"
+        " digits with it and 0.10 without. Shortcuts alone let the signal grow 1.6-fold a block.",
+        "Can I train a deep network without batch norm?": "With a scalar that starts at 0 at the end of each branch,"
+        " four of five networks of 56 layers learned, to 0.54 on average where batch norm came to 0.78 in the same"
+        " 400 steps.",
+        "Do shortcuts or batch norm make deep networks trainable?": "Both: a plain network of 56 layers learned"
+        " hardly anything with batch norm (0.21), for its squared gradients grew 1.35-fold a layer on the way down,"
+        " and a residual one nothing without it (0.10).",
+    },
     differs="The sources train on CIFAR-10, for 64,000 steps (He et al.) and 200 epochs (De and Smith, as remembered),"
     " with weight decay, a schedule of rates and augmentation, in three stages of growing width. Here all blocks are"
     " equal, so that depth alone differs, and 3,500 digits are learned for two epochs at a constant rate; norm"

@@ -225,6 +225,20 @@ EXPERIMENT = Experiment(
     " Dmitrii Podoprikhin, Timur Garipov, Dmitry Vetrov and Andrew Gordon Wilson: Averaging Weights Leads to Wider"
     " Optima and Better Generalization. UAI 2018.",
     theme=WHEN_IT_HELPS,
+    answer="While the rate is large running averages lag, and exact statistics of the same weights were 1.7% more"
+    " accurate at a batch of 512 (1.4% to 2.1%, against a threshold of 2%); once the rate had fallen to 0 both were"
+    " the same. A thousand examples are enough for exact statistics, and averaged weights with running averages that"
+    " are not their own lost up to 8% at a batch of 32.",
+    reader_questions={
+        "Which decay should the running averages have?": "It mattered little here: at the large rate 0.99, 0.9 and"
+        " 0.5 were within 0.8% of each other. Early in training 0.99 is far behind, since it still remembers its"
+        " start.",
+        "Do averaged weights (EMA, SWA) need new statistics?": "Take statistics of their own, or running averages"
+        " with the same decay as the weights, which did as well. Left with those of the last weights SWA lost 8% at a"
+        " batch of 32 and 1% at 512.",
+        "How many examples do population statistics need?": "A thousand did as well as 55,000, to within 0.1%. A"
+        " batch of 64 lost 0.6%.",
+    },
     differs="Wu and Johnson train ResNet-50 on ImageNet with momentum, batches of 256 and 8192, for 100 epochs; here a"
     " small MLP makes 1,200 steps. They pool the statistics of small batches, ours during training are of 5,000 images"
     " at once. No rate is searched: what is compared are statistics for the same weights.",

@@ -280,6 +280,18 @@ EXPERIMENT = Experiment(
     " Angus Galloway et al. 2019, Batch Normalization is a Cause of Adversarial Vulnerability. Keller Jordan,"
     " kellerjordan.github.io/posts/adapt_bn.",
     theme=WHEN_IT_HELPS,
+    answer="Take the statistics of the new inputs if some eight or more are at hand: 32 unlabeled images won back 40%"
+    " of the digits on average, from 0.44 to 0.84 right. With two images they were hardly better than stale ones, and"
+    " where all of them show one digit they cost 13%.",
+    reader_questions={
+        "My inputs have changed: should I update the running statistics?": "Yes, with 8 or more unlabeled inputs of"
+        " all kinds: accuracy rose from 0.44 to 0.80 with 8 and to 0.84 with 32. Where nothing had changed, it cost"
+        " nothing.",
+        "Should batch norm be frozen for fine-tuning?": "In batches of 2, yes: 0.93 with frozen statistics, 0.44 with"
+        " moving ones. In batches of 10 and more it made no difference, and neither did whose statistics are frozen.",
+        "Is a network with batch norm more fragile?": "To noise, yes: it fell to 0.50 where the network without it"
+        " kept 0.71. With statistics of 32 noisy images it came back to 0.78.",
+    },
     differs="The sources adapt networks for ImageNet and for pictures of objects; here a network of four layers reads"
     " digits. They mostly adapt to the images on which they test; here to other images of the same kind. To fine-tune"
     " there are no more than 100 images, so that 20 epochs are 1,000 steps in batches of 2 and 40 in batches of 50."
