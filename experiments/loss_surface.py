@@ -2,8 +2,8 @@
 
 Protocol (Im et al. 2016): a small VGG-style network and an NIN-style one on 3,500 digits, batch 60, 120 steps, with and
 without batch norm. Five optimizers start from the same weights and see the same batches, each at the rate that was best
-on validation. Then the loss of 250 training digits is measured at 17 points of the straight line between the end points of every two
-optimizers. The statistics are those of the digits at each point. A plateau is where the loss hardly changes: between
+on validation. Then the loss of 250 training digits is measured at 17 points of the straight line between the end points
+of every two optimizers. The statistics are those of the digits at each point. A plateau is where the loss hardly changes: between
 neighbouring points by less than a tenth of the mean change on its line. A line like sin^2 has 4% of it, on average over
 where its top lies.
 
@@ -258,7 +258,7 @@ EXPERIMENT = Experiment(
     answer="It depends on the network: on a straight line between the end points of two optimizers the loss of the"
     " NIN-style network hardly changed on 19% of the way without batch norm and on 7% with it; that of the VGG-style"
     " one on 5% and 8%, where a smooth hill has 4%. The plateau without batch norm is that of networks which have not"
-    " begun to learn, and stale statistics put up walls between networks that are not there: five times the loss midway.",
+    " begun to learn, and stale statistics put up walls that are not there: five times the loss midway.",
     reader_questions={
         "What do I have to do with batch norm when I average or interpolate weights?": "Compute the statistics anew for"
         " the new weights. Midway between two networks the loss was 1.3 to 2 times too large with averaged statistics,"
@@ -270,9 +270,8 @@ EXPERIMENT = Experiment(
     differs="As remembered, the source trains VGG and NIN on CIFAR-10 until they hardly change, and shows surfaces"
     " without a number for plateaus; we could read its abstract alone. Here five small layers (ten in"
     " NIN's style) learn digits for two epochs, with strides where the sources have maxima, and there is hardly any"
-    " hill between end points."
-    " Five of the twenty arms took the greatest rate that was tried, at which the search ended. The share of flat ground"
-    " and the stale statistics are ours.",
+    " hill between end points. Five of the twenty arms took the greatest rate that was tried, at which the search ended."
+    " The share of flat ground and the stale statistics are ours.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=2, blocks=((4,),), units=8),
         "cpu": Sizes(seeds=10, data="mnist5k", steps=120, interval=60),
