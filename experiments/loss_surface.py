@@ -3,9 +3,9 @@
 Protocol (Im et al. 2016): a small VGG-style network and an NIN-style one on 3,500 digits, batch 60, 120 steps, with and
 without batch norm. Five optimizers start from the same weights and see the same batches, each at the rate that was best
 on validation. Then the loss of 250 training digits is measured at 17 points of the straight line between the end points
-of every two optimizers. The statistics are those of the digits at each point. A plateau is where the loss hardly changes: between
-neighbouring points by less than a tenth of the mean change on its line. A line like sin^2 has 4% of it, on average over
-where its top lies.
+of every two optimizers. The statistics are those of the digits at each point. A plateau is where the loss hardly
+changes: between neighbouring points by less than a tenth of the mean change on its line. A line like sin^2 has 4% of
+it, on average over where its top lies.
 
 The control is the same line with stale statistics: the running ones of its first end, which do not follow the weights.
 
@@ -270,7 +270,7 @@ EXPERIMENT = Experiment(
     differs="As remembered, the source trains VGG and NIN on CIFAR-10 until they hardly change, and shows surfaces"
     " without a number for plateaus; we could read its abstract alone. Here five small layers (ten in"
     " NIN's style) learn digits for two epochs, with strides where the sources have maxima, and there is hardly any"
-    " hill between end points. Five of the twenty arms took the greatest rate that was tried, at which the search ended."
+    " hill between end points. Five of the twenty arms took the greatest rate that was tried, where the search ended."
     " The share of flat ground and the stale statistics are ours.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=2, blocks=((4,),), units=8),

@@ -253,6 +253,20 @@ EXPERIMENT = Experiment(
     " Reparameterization to Accelerate Training of Deep Neural Networks. NIPS 2016, arXiv:1602.07868. Yuxin Wu and"
     " Kaiming He: Group Normalization. ECCV 2018, arXiv:1803.08494.",
     theme=WHEN_IT_HELPS,
+    answer="Nothing tried here did quite what batch norm did: after seven epochs it was 2.4% more accurate than no"
+    " norm from Xavier's weights, 2.2% than none with He's weights, weight decay and standardized inputs together,"
+    " and 13.7% ahead after a third of the training. Group norm and weight norm came nearest, 1.3% and 1.5% below,"
+    " and five seeds do not tell whether that is a difference.",
+    reader_questions={
+        "What differs from Xavier initialization?": "What it gives to activations does not last: in training the"
+        " deviation of what activations get grew 12-fold without a norm. At the end batch norm was 2.4% more accurate"
+        " than Xavier's weights alone, and He's did no better.",
+        "What differs from weight decay?": "Weight decay of 0.001 made networks without norm 1% less accurate here,"
+        " and with batch norm it changed nothing. It pulls weights to 0; batch norm sets the size of activations.",
+        "What differs from layer and instance norm?": "Batch norm sees the contrast of an image and the other"
+        " examples of its batch: with the others exchanged its outputs changed by 25%. Layer, group and instance norm"
+        " see neither: both changes were 0.",
+    },
     differs="The sources train large networks on ImageNet and CIFAR-10 for long; small ones learn 3,500 digits here. Wu"
     " and He have 32 groups, we have two, since LeNet has six feature maps; instance norm has four positions in the"
     " last stage of our residual network, and 49 in theirs. Their abstract was read; their errors are as remembered."
