@@ -15,7 +15,7 @@ apart, with 2 seeds, and one more beyond an end where the best of one arm lies; 
 fresh seeds. Batch sizes lie a factor 8 apart, so that "the same rate" at the next one is one base lower, and Hoffer's
 rule, rate by sqrt(batch), the same base. The number of seeds was fixed beforehand, without a pilot.
 
-`python -m experiments run batch_size` takes about four minutes on two cores (5 seeds, 5,000 digits).
+`python -m experiments run batch_size` takes about six minutes on two cores (5 seeds, 5,000 digits).
 """
 
 from collections.abc import Iterator

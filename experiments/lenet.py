@@ -10,7 +10,7 @@ weights are evaluated by running averages of several decays; by exact statistics
 test batches of 256. And by what takes the suspected cause away: the averages of decay 0.9 after one more epoch of
 batches in which the weights stand still. They are as noisy as those of training, and they do not lag.
 
-`python -m experiments run lenet` takes about 70 minutes on two cores and minutes on a GPU. The number of seeds was
+`python -m experiments run lenet` takes about 70 minutes on two cores. The number of seeds was
 fixed without a pilot: 20 for the source's batch norm, 5 for each other arm.
 """
 
