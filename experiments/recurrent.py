@@ -8,7 +8,7 @@ BN-LSTM, statistics averaged over time. All arms of a seed start from the same w
 has the rate that was best on validation. Gradients by the hidden states are measured before the first step, row by row
 and pixel by pixel, since the first pixels are black in all images and leave no variance.
 
-`python -m experiments run recurrent` is sized for a GPU, which takes some minutes; two cores take more than an hour.
+`python -m experiments run recurrent` is sized for a GPU, which takes about six minutes; two cores more than an hour.
 10 seeds were fixed beforehand, without a pilot. `full` reads pixel by pixel as the source does, `permuted` pixels in a
 fixed random order; each takes a GPU the better part of a day.
 """
@@ -221,6 +221,19 @@ EXPERIMENT = Experiment(
     " Normalization. ICLR 2017, arXiv:1603.09025. César Laurent, Gabriel Pereyra, Philémon Brakel, Ying Zhang and"
     " Yoshua Bengio: Batch Normalized Recurrent Neural Networks. ICASSP 2016, arXiv:1510.01378.",
     theme=WHEN_IT_HELPS,
+    answer="A little, row by row: with batch norm between its time steps the LSTM named 0.981 of the digits where it"
+    " named 0.978 without, and it was not measurably faster to 95%. Two parts of the recipe are needed, statistics"
+    " for each time step (averaged over time they cost 13%) and a noisy start (without it the gradient by the first"
+    " hidden states is 400 times too large, and 28% are lost); a small scale was not.",
+    reader_questions={
+        "Can batch norm be used in recurrent networks?": "Yes, with statistics for each time step: 0.981 against"
+        " 0.978 of the digits read row by row. Batch norm of the input's term alone changed nothing here.",
+        "Why does a recurrent network need statistics per time step?": "Its activations differ from step to step: the"
+        " same trained network with statistics averaged over time named 0.854 of the digits and not 0.981.",
+        "What if a feature has no variance in a batch?": "Batch norm then divides by sqrt(epsilon) and multiplies"
+        " gradients by 300 at each such step: read pixel by pixel, the first black rows made them overflow. Noise of"
+        " 0.1 on the first hidden state prevents that.",
+    },
     differs="The source reads pixel by pixel (the presets full and permuted) and trains up to 200 epochs at rate 0.001"
     " on 50,000 images; here 28 rows, 3 epochs, 55,000 images, and a rate for each arm. Statistics at test time are"
     " running averages of decay 0.9, not averages over the training set. The paper speaks of RMSProp with 0.9 momentum;"
@@ -315,8 +328,8 @@ EXPERIMENT = Experiment(
     pictures=[
         curves(
             lambda r: r.validation_accuracy, title=DISPUTE, file="accuracy.png", ylim=(0.8, 1.0), height=4.0,
-            caption="Each arm at the learning rate that was best on validation. Digits are read row by row (pixel by"
-            " pixel in the presets full and permuted).",
+            caption="Each arm at the learning rate that was best on validation; BN-LSTM without noise stays below what is"
+            " shown. Digits are read row by row (pixel by pixel in the presets full and permuted).",
             labels={"step": "training step", "validation_accuracy": "validation accuracy"},
         ),
         gradient_picture,
