@@ -328,8 +328,8 @@ EXPERIMENT = Experiment(
     pictures=[
         curves(
             lambda r: r.validation_accuracy, title=DISPUTE, file="accuracy.png", ylim=(0.8, 1.0), height=4.0,
-            caption="Each arm at the learning rate that was best on validation; BN-LSTM without noise stays below what is"
-            " shown. Digits are read row by row (pixel by pixel in the presets full and permuted).",
+            caption="Each arm at the learning rate that was best on validation; BN-LSTM without noise stays below what"
+            " is shown. Digits are read row by row (pixel by pixel in the presets full and permuted).",
             labels={"step": "training step", "validation_accuracy": "validation accuracy"},
         ),
         gradient_picture,
