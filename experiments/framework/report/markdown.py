@@ -5,7 +5,15 @@ from collections.abc import Sequence
 from experiments.framework.report import words
 from experiments.framework.report.collect import Collection, Run
 from experiments.framework.tables import Table, to_markdown
-from experiments.framework.verdict import Cell, Verdict, cell_in_words, effect_in_words, outcome_in_words
+from experiments.framework.verdict import (
+    IN_PART,
+    SUPPORTED,
+    Cell,
+    Verdict,
+    cell_in_words,
+    effect_in_words,
+    outcome_in_words,
+)
 
 FOUND = "<!-- found: written by `python -m experiments report` -->", "<!-- /found -->"
 
@@ -16,30 +24,39 @@ def report_of(collection: Collection) -> str:
 
 
 def with_found(text: str, collection: Collection) -> str:
-    """A README with a line for each finished run between its two marks."""
+    """A README with a line for each theme between its two marks: its experiments, and how many of their claims held."""
     begin, end = FOUND
     first, last = text.index(begin) + len(begin), text.index(end)
-    lines = "\n".join(_line(run) for run in collection.runs)
-    return f"{text[:first]}\n{lines}\n{text[last:]}"
+    lines = [f"{_counted(collection.runs)} Beside each experiment, how many of its claims held, at least in part:", ""]
+    for theme in [*words.themes_of(collection.runs), ""]:
+        runs = [run for run in collection.runs if run.experiment.theme == theme]
+        lines += [f"- {theme or 'Others'}: {', '.join(map(_held, runs))}"] if runs else []
+    return "\n".join([text[:first], *lines, text[last:]])
 
 
-def _line(run: Run) -> str:
-    """The question of a run and how many of its claims held."""
-    found = [f"{number} {outcome}" for outcome, number in words.counts(run.verdicts).items() if number]
-    claims = f"{words.count(len(run.verdicts), 'claim')}: {', '.join(found)}"
-    return f"- [{run.name}](experiments/results/README.md#{run.name}): {run.summary['question']} {claims}."
+def _held(run: Run) -> str:
+    """A link to a run, and how many of its claims held."""
+    counts = words.counts(run.verdicts)
+    held = f"{counts[SUPPORTED] + counts[IN_PART]} of {len(run.verdicts)}"
+    return f"[{run.name}](experiments/results/README.md#{run.name}) {held}"
+
+
+def _counted(runs: Sequence[Run]) -> str:
+    """How many claims there are, and what became of them."""
+    verdicts = [verdict for run in runs for verdict in run.verdicts]
+    found = ", ".join(f"{number} {words.SHORT[outcome]}" for outcome, number in words.counts(verdicts).items())
+    return f"**Of {words.count(len(verdicts), 'claim')}: {found}.**"
 
 
 def _head(collection: Collection) -> list[str]:
     runs = collection.runs
     verdicts = [verdict for run in runs for verdict in run.verdicts]
-    found = ", ".join(f"{number} {words.SHORT[outcome]}" for outcome, number in words.counts(verdicts).items())
     return [
         f"# {words.TITLE}",
         "Built by `python -m experiments report` from the directories beside it. [report.html](report.html) says the"
         " same on one page with a map of all claims to filter and sort; download it and open it in a browser.",
         *_notes(collection),
-        f"**Of {words.count(len(verdicts), 'claim')}: {found}.** {words.together_in_words(verdicts)} {words.INTERVALS}",
+        f"{_counted(runs)} {words.together_in_words(verdicts)} {words.INTERVALS}",
         *_claims(runs),
         *_surprises(runs),
         *_disputes(runs),

@@ -9,7 +9,6 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from experiments.framework.experiment import THEMES
 from experiments.framework.report import drawing, words
 from experiments.framework.report.collect import Collection, Run
 from experiments.framework.report.holm import survivors
@@ -84,7 +83,7 @@ def page_of(collection: Collection) -> str:
         fixed=words.all_fixed_in_words(collection.runs),
         together=words.together_in_words(verdicts) if verdicts else "",
         sources=sorted({line.source for line in lines}, key=str.casefold),
-        themes=themes_of(collection.runs),
+        themes=words.themes_of(collection.runs),
         surprises=words.surprises(collection.runs),
         disputes=words.disputes(collection.runs),
         questions=words.reader_questions(collection.runs),
@@ -98,12 +97,6 @@ def lines_of(runs: Sequence[Run]) -> list[Line]:
     places = [(run, number) for run in runs for number in range(len(run.verdicts))]
     survive = survivors([run.verdicts[number] for run, number in places])
     return [Line(run, number, place, survive[place]) for place, (run, number) in enumerate(places)]
-
-
-def themes_of(runs: Sequence[Run]) -> list[str]:
-    """The themes of the runs: those of `THEMES` in its order, then others."""
-    declared = list(dict.fromkeys(run.experiment.theme for run in runs if run.experiment.theme))
-    return sorted(declared, key=lambda theme: THEMES.index(theme) if theme in THEMES else len(THEMES))
 
 
 def embedded(run: Run, file: str) -> str:

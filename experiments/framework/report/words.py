@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from experiments.framework.experiment import THEMES
 from experiments.framework.report.collect import Run
 from experiments.framework.report.holm import survivors
 from experiments.framework.verdict import IN_PART, INCONCLUSIVE, NOT_SUPPORTED, SUPPORTED, Verdict, cell_in_words
@@ -45,6 +46,12 @@ def together_in_words(verdicts: Sequence[Verdict]) -> str:
     words += f" {survive.count(True)} of the {held} that held in a statistical test, at least in part, still hold"
     words += f" after Holm's correction over all {tested} that were tested."
     return words + (f" The other {rest} are exact, or have no interval." if rest else "")
+
+
+def themes_of(runs: Sequence[Run]) -> list[str]:
+    """The themes of the runs: those of `THEMES` in its order, then others."""
+    declared = list(dict.fromkeys(run.experiment.theme for run in runs if run.experiment.theme))
+    return sorted(declared, key=lambda theme: THEMES.index(theme) if theme in THEMES else len(THEMES))
 
 
 def source_of(run: Run, verdict: Verdict) -> str:
