@@ -15,7 +15,7 @@ published width and is far too small for networks this narrow); batch norm in on
 with and without.
 
 No pilot: the seeds are fixed at 5 (3 in `cpu`). `python -m experiments run dcgan` takes about ten minutes on two
-cores: width 8, batch 64, 1,200 steps. `--preset gpu` takes about three on one GPU: width 32, batch 128, 2,000 steps.
+cores: width 8, batch 64, 1,200 steps. `--preset gpu` takes about four on one GPU: width 32, batch 128, 2,000 steps.
 """
 
 from collections.abc import Iterable
