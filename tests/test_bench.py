@@ -269,6 +269,7 @@ def test_a_chain_written_out_is_the_chain_in_a_loop():
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_grid_and_a_single_network_are_timed_a_step(monkeypatch):
     monkeypatch.setattr(grid, "RUNS", grid.RUNS[:2])
     monkeypatch.setattr(grid, "STEPS", 2)

@@ -36,6 +36,7 @@ def test_doubling_is_the_transpose_of_halving():
     np.testing.assert_allclose(there, back, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [{}, {"generator": True, "discriminator": True, "ends": True}])
 def test_each_player_descends_its_own_loss(numbers):
     run = adversarial.arm(**numbers, he=True)

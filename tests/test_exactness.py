@@ -28,7 +28,9 @@ def measure(x, dy, scale, bias, where=None, weights=None, *, axis, epsilon):
     return {"y": y, **moments._asdict(), **dict(zip(("dx", "dscale", "dbias"), vjp(dy), strict=True))}
 
 
-FULL = {"xla_backend_optimization_level": 3}  # The promise holds for programs as users compile them.
+# The promise holds for programs as users compile them.
+FULL = {"xla_backend_optimization_level": 3}
+FULL |= {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
 
 
 def measure_by(code, *arguments, **options):

@@ -44,13 +44,16 @@ def check_learns(epochs):
     assert accuracy > 0.5
 
 
-@pytest.mark.parametrize("path", ONE_DEVICE, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=() if p.stem == "plain" else pytest.mark.slow, id=p.stem) for p in ONE_DEVICE]
+)
 def test_an_example_learns(path, tmp_path):
     epochs = history(run(path, tmp_path, "--epochs", "2", "--limit", "800"))
     assert len(epochs) == 2
     check_learns(epochs)
 
 
+@pytest.mark.slow
 def test_many_devices_learn_what_one_learns(tmp_path):
     printed = run(ROOT / "experiments" / "examples" / "sharded.py", tmp_path, "--epochs", "2", "--limit", "800")
     one, eight = (history("".join(re.findall(rf"^devices {n}, (.*\n)", printed, re.M))) for n in (1, 8))

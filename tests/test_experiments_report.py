@@ -307,8 +307,11 @@ def test_the_list_in_the_top_page_is_replaced_between_its_marks(tmp_path):
     readme = tmp_path / "TOP.md"
     readme.write_text("\n".join(["before", report.FOUND[0], "old", report.FOUND[1], "after"]))
     report.write_report(tmp_path, readme)
-    line = "- [benefits](experiments/results/README.md#benefits): Why? 2 claims: 1 supported, 1 not supported."
-    assert readme.read_text() == "\n".join(["before", report.FOUND[0], line, report.FOUND[1], "after"])
+    first, *_, last = readme.read_text().split("\n")
+    assert (first, last) == ("before", "after")
+    assert "**Of 2 claims: 1 held, 0 held in part, 1 failed, 0 open.**" in readme.read_text()
+    assert "- when it helps: [benefits](experiments/results/README.md#benefits) 1 of 2\n" in readme.read_text()
+    assert "old" not in readme.read_text()
 
 
 def test_the_report_is_the_same_when_built_again(tmp_path):

@@ -104,6 +104,7 @@ def test_a_closed_output_stops_rich_too(unread, inside, monkeypatch):
     assert terminator.received == signal.SIGPIPE
 
 
+@pytest.mark.slow
 def test_a_terminal_without_all_characters_is_no_error(tmp_path, monkeypatch):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
@@ -112,6 +113,7 @@ def test_a_terminal_without_all_characters_is_no_error(tmp_path, monkeypatch):
     assert rb"r\xe9sultats" in stream.buffer.getvalue().replace(b"\n", b"")  # Long lines are wrapped.
 
 
+@pytest.mark.slow
 def test_a_name_that_is_not_utf_8_is_no_error(tmp_path):
     directory = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     assert main([*COMMAND, directory]) == 0

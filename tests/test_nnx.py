@@ -303,6 +303,7 @@ def test_norm_draws_a_new_key_each_call_from_the_norm_stream_where_there_is_one(
     np.testing.assert_array_equal(module(x, rng=key), module(x, rng=key))
 
 
+@pytest.mark.slow
 def test_stochastic_layers_of_one_network_draw_the_same_batch():
     rngs, norm, x = nnx.Rngs(0, norm=1), jaxbn.stochastic_batch_norm(bank_size=4), batch()
     layers = [Norm(norm, FEATURES, rngs=rngs) for _ in range(2)]

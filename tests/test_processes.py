@@ -310,6 +310,7 @@ def test_the_loss_goes_down(undisturbed):
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.slow
 def test_two_processes_hold_what_one_with_the_whole_batch_does(terminated, rounding):
     like = training.replicate(rounding.run.state, ONE)
     assert_same_state(checkpoint.restore(terminated.out / "checkpoints", COMPARED, like), rounding)
@@ -357,6 +358,7 @@ def assert_given_up(end, number):
     assert len(re.findall(SAVED, error)) == 1, error
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_both_resume_bit_for_bit(undisturbed, place, tmp_path):
     """From the checkpoint before the newest, which is cut short here as a full disk might."""
     out = tmp_path / "killed"

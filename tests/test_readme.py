@@ -15,7 +15,13 @@ READMES += sorted(ROOT.glob("jaxbn/RECIPES*.md"))
 names = pytest.mark.parametrize("readme", READMES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-@names
+def quickly(readme: Path):
+    """The README's own examples in every run; those of the recipes and the diagnostics are slow."""
+    slow = readme.stem.startswith("RECIPES") or readme.parent.name == "diagnostics"
+    return pytest.param(readme, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize("readme", [*map(quickly, READMES)], ids=lambda path: str(path.relative_to(ROOT)))
 def test_examples_give_what_they_show(readme):
     result = doctest.testfile(str(readme), module_relative=False, optionflags=doctest.ELLIPSIS)
     assert result.failed == 0

@@ -52,7 +52,9 @@ def rivals(network="MLP"):
     return Rivals(rival_norms.NETWORKS[network], rival_norms.Sizes(True, 1, 4), first, (0.5, 0.25))
 
 
-@pytest.mark.parametrize("network", rival_norms.NETWORKS)
+@pytest.mark.parametrize(
+    "network", [pytest.param(n, marks=() if n == "MLP" else pytest.mark.slow) for n in rival_norms.NETWORKS]
+)
 def test_weight_norm_starts_as_batch_norm_on_the_first_images(network):
     own = rivals(network)
     found = [

@@ -157,6 +157,7 @@ def test_every_normalizer_is_listed():
     assert set(CASES) <= set(LISTED) | set(UNLISTED)
 
 
+@pytest.mark.slow
 def test_batch_norm_keeps_every_law():
     report = laws.check(jaxbn.batch_norm, strict=True)
     assert [outcome.status for outcome in report.outcomes] == ["holds"] * len(laws.LAWS)

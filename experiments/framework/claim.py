@@ -6,7 +6,7 @@ import inspect
 import textwrap
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import KW_ONLY, astuple, dataclass, is_dataclass
-from functools import partial
+from functools import cache, partial
 from types import FunctionType
 
 import xarray as xr
@@ -234,6 +234,7 @@ def _names(code) -> list[str]:
     return [*code.co_names, *inner]
 
 
+@cache
 def _code(function) -> str:
     """The definition as `ast` writes it; a lambda is found by the place at which its code begins."""
     if function.__name__ != "<lambda>":
