@@ -170,7 +170,7 @@ def _differences(x, weights, params, direction) -> dict[str, jax.Array]:
     gradient = jax.grad(lambda weights: jnp.vdot(dense(weights, x[0]), direction))(weights)
     pair = jaxbn.batch_norm(epsilon=0.0, use_scale=False, use_bias=False)
     signs = layer(pair, x[:2].reshape(2, -1) @ weights, {})
-    maps = x[:1, ..., :1] * weights[0]  # of a convolution of 1 x 1
+    maps = x[:1, ..., :1] @ weights[:1]  # of a convolution of 1 x 1
     by_batch, by_image = (layer(norm, maps, params) for norm in (jaxbn.batch_norm(), jaxbn.instance_norm()))
     return {
         "dense_output": jnp.max(jnp.abs(output - params["bias"][None])),
