@@ -2,12 +2,13 @@
 
 Protocol: residual network (option A) of 8 layers with 8, 16 and 32 filters, on digits of 14 x 14 (means of 2 x 2
 pixels); He-normal weights, scales uniform on [0, 1] and biases 0, as in the source's code. Batch 64, momentum 0.9, the
-rate divided by 10 after half and three quarters of the steps. The arms train everything; scales and biases alone; as
-many weights of the convolutions, two drawn at random for each filter; or the last layer alone. The rest stays at its
-random start. Each arm's rate is chosen on validation by the same search. A feature counts as switched off where
-|scale| < 0.01; those scales are then set to 0, to see whether the network misses them. The source trains for 62,400
-steps with weight decay 1e-4, which would hardly be felt in a short run: decay is stronger by as much as the run is
-shorter. One more arm trains scales and biases without it, to tell what is learned from what decays.
+rate divided by 10 after half and three quarters of the steps. The arms train everything (19,074 parameters); scales and
+biases alone (240); as many weights of the convolutions, two drawn at random for each filter; or the last layer alone
+(330). The rest stays at its random start. Each arm's rate is chosen on validation by the same search: 0.03, 0.1, 0.3,
+one seed each, and one more beyond an end where the best of an arm lies, twice at most. A feature counts as switched off
+where |scale| < 0.01; those scales are then set to 0, to see whether the network misses them. The source trains for
+62,400 steps with weight decay 1e-4, which would hardly be felt in a short run: decay is stronger by as much as the run
+is shorter. One more arm trains scales and biases without it, to tell what is learned from what decays.
 
 `python -m experiments run affine_only` takes about six minutes on two cores (600 steps, 6 seeds, 5,000 digits). By a
 pilot that is enough for all claims but the three that compare arms, which would need 11 to 21.

@@ -5,10 +5,10 @@ Small batches are said to hurt batch norm (Wu and He 2018), and small batches ar
 Both are varied apart here, by ghost batches: groups of the batch that are normalized each by itself.
 
 Protocol: digits of 14 x 14 (means of 2 x 2 pixels), three convolutions of 3 x 3 with 8, 12 and 16 channels on maps of
-7 x 7, 7 x 7 and 4 x 4, each with a norm and a ReLU, their mean over positions, a dense layer; plain SGD at a constant
-rate; 21,000 examples (six epochs) whatever the batch size, so that small batches make more steps. Running statistics
-average over 1,024 examples at every batch size. Renorm: r at most 3, d at most 5, after an epoch of batch norm; group
-norm: 4 groups of channels.
+7 x 7, 7 x 7 and 4 x 4, each with a norm and a ReLU, their mean over positions, a dense layer (2,906 parameters in every
+arm); plain SGD at a constant rate; 21,000 examples (six epochs) whatever the batch size, so that small batches make
+more steps. Running statistics average over 1,024 examples at every batch size. Renorm: r at most 3, d at most 5, after
+an epoch of batch norm; group norm: 4 groups of channels.
 
 The rate is base x sqrt(batch). Every arm at every batch size tries the same six bases, which lie a factor sqrt(8)
 apart, with 2 seeds, and one more beyond an end where the best of one arm lies; the best on validation is taken for 5

@@ -1,9 +1,10 @@
 """Does batch norm reduce internal covariate shift, and is that why it helps?
 
-Protocol (Santurkar et al. 2018, sections 2.1 and 2.2): a small VGG-style network (six convolutions, two dense layers)
-on 3,500 digits, batches of 60; and 25 linear layers of 24 units on 100 digits, all of them at every step. Plain SGD,
-softmax cross-entropy, Glorot-uniform weights. Three arms start from the same weights and see the same batches: plain;
-batch norm; batch norm followed by noise that shifts and stretches every unit anew at each step ("noisy").
+Protocol (Santurkar et al. 2018, sections 2.1 and 2.2): a small VGG-style network (six convolutions, two dense layers;
+13,198 parameters) on 3,500 digits, batches of 60; and 25 linear layers of 24 units (33,466) on 100 digits, all of them
+at every step. Plain SGD, softmax cross-entropy, Glorot-uniform weights. Three arms start from the same weights and see
+the same batches: plain; batch norm; batch norm followed by noise that shifts and stretches every unit anew at each step
+("noisy").
 
 At five points of training one step is made on one batch, and the shift that it brings is measured in two ways:
 

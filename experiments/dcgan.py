@@ -14,8 +14,9 @@ The controls: He's weights, with which the signal keeps its size without batch n
 published width and is far too small for networks this narrow); batch norm in one player alone; five times the rate,
 with and without.
 
-No pilot: the seeds are fixed at 5 (3 in `cpu`). `python -m experiments run dcgan` takes about ten minutes on two
-cores: width 8, batch 64, 1,200 steps. `--preset gpu` takes about four on one GPU: width 32, batch 128, 2,000 steps.
+No pilot: the seeds are fixed at 5 (3 in `cpu`). `python -m experiments run dcgan` takes about ten minutes on two cores:
+width 8, batch 64, 1,200 steps, 61,682 parameters in the generator and 10,994 in the discriminator. `--preset gpu` takes
+about four on one GPU: width 32, batch 128, 2,000 steps, 369,602 and 166,850 parameters.
 """
 
 from collections.abc import Iterable

@@ -3,9 +3,11 @@
 Protocol: MLPs of 1, 3, 8 and 20 hidden layers of 50 units on digits, with ReLU, tanh or sigmoid, Glorot-uniform
 weights, batches of 60, plain SGD, 300 steps (five epochs). Three arms start from the same weights and see the same
 batches: plain; batch norm before the activation (decay 0.9, epsilon 1e-5); and, the control, normalized at the start
-only: the same network with the statistics of 512 images at its start, which then stay as constants (scale and bias
-are learned). It starts with the signals of batch norm, and its gradients lack only what flows through the statistics.
-Each network has the rate that was best on validation, by the same search.
+only: the same network with the statistics of 512 images at its start, which then stay as constants (scale and bias are
+learned). It starts with the signals of batch norm, and its gradients lack only what flows through the statistics. Each
+network has the rate that was best on validation, by the same search: 0.003 to 3, a factor of about 3 apart, one seed
+each, and one more beyond an end where the best of an arm lies, twice at most. With batch norm a network has 39,860
+parameters at a depth of 1 and 90,210 at 20.
 
 Four things are measured. The norm of the loss's gradient by the output of each of 20 layers (at the start, at the
 end). Test accuracy by depth. In networks of 8 layers, how alike the outputs of each layer during training are to its

@@ -9,7 +9,7 @@ factor on the weights of a layer does to outputs and gradients.
 Trained: the same MLP, batch 60, SGD, five networks (linear; linear with 32 of the 200 units; relu; sigmoid;
 sigmoid(4 h), whose normalized inputs leave the linear part) x five arms (ARMS). Each of the 25 has its rate chosen on
 validation from the same values; results are of fresh seeds, on test. They are trained as well with the initial weights
-of the last hidden layer times 0.01 and times 100, *at the rate that was chosen without that*. Digits are averaged
+of the last hidden layer times 0.01 and times 100, at the rate that was chosen without that. Digits are averaged
 down to 14 x 14, so that a hidden layer can be wider than its input.
 
 `python -m experiments run reparameterization` takes about eight minutes of processor time, four on two cores that do

@@ -1,3 +1,4 @@
+import importlib
 import io
 import json
 import math
@@ -337,6 +338,22 @@ def test_parts_that_no_experiment_declares_are_left_out(tmp_path, monkeypatch):
         assert "contradict" not in text
         assert "Questions that readers ask" not in text
         assert "What surprised us" not in text
+
+
+def test_both_reports_say_how_an_experiment_goes_in_the_words_of_its_file(tmp_path, monkeypatch):
+    said = "What?\n\nProtocol: `x -> y` at |rate| < 2; <b> is text.\n\n- plain: none;\n- norm: all.\n\nTwo minutes."
+    monkeypatch.setattr(importlib.import_module("experiments.benefits"), "__doc__", said)
+    finished_run(tmp_path, [verdict(HELD)])
+    markdown, page = texts_of(tmp_path)
+    assert said.removeprefix("What?\n\n") in markdown
+    assert "<p>Protocol: <code>x -&gt; y</code> at |rate| &lt; 2; &lt;b&gt; is text.</p>" in page
+    assert "<li>norm: all.</li>" in page
+    assert "<p>Two minutes.</p>" in page
+
+
+@pytest.mark.parametrize("name", registry.EXPERIMENTS)
+def test_every_experiment_says_how_it_goes(name):
+    assert len(" ".join(registry.protocol(name))) > 300
 
 
 def test_an_answer_a_citation_and_readers_questions_are_shown(tmp_path, monkeypatch):

@@ -243,6 +243,13 @@ def test_a_table_has_mean_and_deviation_beside_the_published_figure():
     assert shown.note == "Mean ± standard deviation of 2 seeds, mnist5k, 20 steps."
 
 
+def test_a_table_of_what_does_not_depend_on_the_seed_says_so():
+    values = xr.DataArray([[[0.1], [0.3]]], {"arm": ["plain"], "rate": [1, 2], "seed": [0]})
+    table = table_of("T", lambda r: values, rows=["arm"], columns="rate", form="g")(Sizes, None)
+    assert table.rows == [["plain", "0.1", "0.3"]]
+    assert table.note == "The same for all 2 seeds, mnist5k, 20 steps."
+
+
 def test_a_table_of_several_metrics_writes_each_in_its_own_form():
     cells = {"error": ("seed", [1e-6, 3e-6]), "share": ("seed", [0.5, 1.0])}
     values = xr.Dataset(cells).to_dataarray("metric").expand_dims(depth=[2])

@@ -6,6 +6,7 @@ benchmark is a module as `experiments.bench.command` describes.
 
 import dataclasses
 import importlib
+import inspect
 from types import ModuleType
 from typing import NamedTuple
 
@@ -69,6 +70,12 @@ def load(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         raise UserError(f"there is no experiment {name!r}; choose one of: {', '.join(EXPERIMENTS)}")
     return importlib.import_module(f"experiments.{name}").EXPERIMENT
+
+
+def protocol(name: str) -> list[str]:
+    """How the experiment of that name goes, in paragraphs: what its file says of itself, but for the first of them."""
+    said = inspect.getdoc(importlib.import_module(f"experiments.{name}")) or ""
+    return said.split("\n\n")[1:]
 
 
 def load_benchmark(name: str) -> ModuleType:

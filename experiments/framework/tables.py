@@ -62,15 +62,18 @@ def table_of(
                 cells += ["" if np.isnan(v) else f"{v:{form}}" for v, form in zip(figures, forms, strict=True)]
             lines.append([*map(_label, at.values()), *cells])
         names = [*heads, *(f"published {head}" for head in heads)] if published is not None else heads
-        known_of = basis(settings) if over == "seed" else _repetitions(array.sizes[over], over)
+        count = array.sizes[over]
+        known_of = basis(settings, count) if over == "seed" else _repetitions(count, over)
         return Table(title, [*rows, *names], lines, f"{known_of} {note}".strip(), len(rows))
 
     return table
 
 
-def basis(settings: Any) -> str:
-    """What mean and deviation are of: number of seeds, data, steps."""
-    parts = [f"Mean ± standard deviation of {settings.seeds} seed{'s' * (settings.seeds != 1)}", settings.data]
+def basis(settings: Any, shown: int) -> str:
+    """What mean and deviation are of: number of seeds, data, steps. One value of several seeds is the same for all."""
+    seeds = f"{settings.seeds} seed{'s' * (settings.seeds != 1)}"
+    same = shown == 1 < settings.seeds
+    parts = [f"The same for all {seeds}" if same else f"Mean ± standard deviation of {seeds}", settings.data]
     parts += [f"{settings.steps:,} steps"] if settings.steps else []
     return ", ".join(part for part in parts if part) + "."
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from experiments.framework import registry
 from experiments.framework.report import words
 from experiments.framework.report.collect import Collection, Run
 from experiments.framework.tables import Table, to_markdown
@@ -123,6 +124,8 @@ def _section(run: Run) -> str:
         "Criteria:\n\n" + "\n".join(f"- {verdict.claim} {verdict.criterion}" for verdict in run.verdicts),
         *_cells(run.verdicts),
         *([to_markdown(_escaped(Table(**validation)))] if validation else []),
+        f"### Protocol of {run.name}",
+        *registry.protocol(run.config["experiment"]),
         *(["\n".join(f"- {name}: {said}" for name, said in protocol.items())] if protocol else []),
         _emphasized(words.fixed_in_words(run)),
         f"`{words.command_of(run)}`\n\n"

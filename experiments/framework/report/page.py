@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from markdown_it import MarkdownIt
 from markupsafe import Markup
 
+from experiments.framework import registry
 from experiments.framework.report import drawing, words
 from experiments.framework.report.collect import Collection, Run
 from experiments.framework.report.holm import survivors
@@ -121,6 +123,12 @@ def validation_of(run: Run) -> Table | None:
     return Table(**held) if held else None
 
 
+def protocol_of(run: Run) -> Markup:
+    """How the experiment goes, as its file says, as HTML."""
+    said = "\n\n".join(registry.protocol(run.config["experiment"]))
+    return Markup(MarkdownIt("commonmark", {"html": False}).render(said))
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -128,7 +136,7 @@ def _environment() -> jinja2.Environment:
     )  # fmt: skip
     shown = (
         *(drawing.drawn, drawing.legend_mark, words.threshold_in_words, embedded, size_of, validation_of),
-        *(cell_in_words, effect_of, outcome_in_words),
+        *(cell_in_words, effect_of, outcome_in_words, protocol_of),
         *(words.answer_of, words.command_of, words.fixed_in_words, words.interval_in_words, words.origin_of),
         *(words.protocol_in_words, words.surprise_in_words, words.count, words.measured_in_words),
     )
