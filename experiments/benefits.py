@@ -116,9 +116,11 @@ EXPERIMENT = Experiment(
     source="Udacity, Deep Learning Foundations: Batch Normalization - Lesson",
     citation="Udacity, Deep Learning Foundations: Batch Normalization - Lesson (notebook Batch_Normalization_Lesson).",
     theme=WHEN_IT_HELPS,
-    answer="It learned in less than a quarter of the steps and ended 2.7 points above the best that the network without"
-    " it reached at any rate. It also learned where that network did not, at high rates, from weights 100 times too"
-    " large and with sigmoids, though not in every cell for certain.",
+    answer={
+        "cpu": "It learned in less than a quarter of the steps and ended 2.7 points above the best that the network"
+        " without it reached at any rate. It also learned where that network did not, at high rates, from weights 100"
+        " times too large and with sigmoids, though not in every cell for certain.",
+    },
     reader_questions={
         "Can it be used in MLPs?": "Yes. Every layer but the last of this network is dense, and with batch norm it"
         " learned in less than a quarter of the steps and ended more accurate.",

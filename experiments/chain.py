@@ -245,9 +245,12 @@ EXPERIMENT = Experiment(
     source="Goodfellow, Bengio and Courville, Deep Learning, section 8.7.1",
     citation="Goodfellow, Bengio and Courville 2016, Deep Learning, section 8.7.1.",
     theme=WHY_FASTER,
-    answer="Not in a deep chain of plain layers: all weights are changed at once, and with 50 layers of weights around"
-    " 1.1 a step delivered 2.5% of what its gradient had forecast. With the input of the last layer normalized it"
-    " delivered all of it at any depth, as long as epsilon was negligible beside the variance that was divided by.",
+    answer={
+        "cpu": "Not in a deep chain of plain layers: all weights are changed at once, and with 50 layers of weights"
+        " around 1.1 a step delivered 2.5% of what its gradient had forecast. With the input of the last layer"
+        " normalized it delivered all of it at any depth, as long as epsilon was negligible beside the variance that"
+        " was divided by.",
+    },
     reader_questions={
         "Why does a gradient step not do what the gradient says?": "The gradient says what each weight does while all"
         " others stand still, and then all are changed. In a product of 50 weights the terms that this leaves out"

@@ -169,10 +169,12 @@ EXPERIMENT = Experiment(
     " Soudry 2018, Norm matters: efficient and accurate normalization schemes in deep networks. Li and Arora 2020, An"
     " exponential learning rate schedule for deep learning.",
     theme=WHAT_IT_IS,
-    answer="It sets the effective learning rate, rate / |w|^2, and does nothing else: without decay, but with a rate"
-    " that grows to make up for it, a network in float64 had the same outputs to eight digits after 2,000 steps, though"
-    " its weights were up to 10^22 times as large. What decay does to scales, biases, a last layer without batch norm"
-    " or a network without batch norm, no rate replaces.",
+    answer={
+        "cpu": "It sets the effective learning rate, rate / |w|^2, and does nothing else: without decay, but with a"
+        " rate that grows to make up for it, a network in float64 had the same outputs to eight digits after 2,000"
+        " steps, though its weights were up to 10^22 times as large. What decay does to scales, biases, a last layer"
+        " without batch norm or a network without batch norm, no rate replaces.",
+    },
     reader_questions={
         "What differs from weight decay?": "Decay makes weights small; batch norm lets the size of the weights below it"
         " have no effect, whatever it is. What is then left of decay is a higher effective learning rate: 5 to 22 times"

@@ -173,11 +173,13 @@ EXPERIMENT = Experiment(
     citation="S. Santurkar, D. Tsipras, A. Ilyas, A. Madry: How Does Batch Normalization Help Optimization?"
     " NeurIPS 2018, arXiv:1805.11604.",
     theme=WHY_FASTER,
-    answer="By the source's measures the order turned round: at one rate the loss varied more along the gradient with"
-    " batch norm than without at step 25 (0.29 against 0.015), where the plain network had not begun to learn, and far"
-    " less at step 100 (0.10 against 1.8), so averaged over training batch norm was not the smoother one. After steps"
-    " of equal length its gradient changed 0.74 times as much as without batch norm and 0.44 times as much as with"
-    " frozen statistics: there it is smoother, and it learned faster than both.",
+    answer={
+        "cpu": "By the source's measures the order turned round: at one rate the loss varied more along the gradient"
+        " with batch norm than without at step 25 (0.29 against 0.015), where the plain network had not begun to"
+        " learn, and far less at step 100 (0.10 against 1.8), so averaged over training batch norm was not the"
+        " smoother one. After steps of equal length its gradient changed 0.74 times as much as without batch norm and"
+        " 0.44 times as much as with frozen statistics: there it is smoother, and it learned faster than both.",
+    },
     reader_questions={
         "Is the loss smoother with batch norm?": "That hangs on how and when it is measured. At equal rates a network"
         " that does not learn yet has small gradients, moves little and looks smoothest; after steps of equal length"

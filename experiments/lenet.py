@@ -191,10 +191,12 @@ EXPERIMENT = Experiment(
     citation="Aston Zhang, Zachary C. Lipton, Mu Li and Alexander J. Smola: Dive into Deep Learning. Editions"
     " before 1.0, sections on LeNet and on batch normalization; in print: Cambridge University Press 2023.",
     theme=WHEN_IT_HELPS,
-    answer="Because the running averages lag behind weights that move fast: by exact statistics all 20 networks"
-    " tested at 0.872 to 0.896, by the running averages of training the same weights at 0.76 to 0.89. Averages of the"
-    " same decay, taken while the weights stand still, are as good as exact statistics, so it is not their noise; yet"
-    " exact statistics gained no less at the best rate, 0.3, than at 1.",
+    answer={
+        "cpu": "Because the running averages lag behind weights that move fast: by exact statistics all 20 networks"
+        " tested at 0.872 to 0.896, by the running averages of training the same weights at 0.76 to 0.89. Averages of"
+        " the same decay, taken while the weights stand still, are as good as exact statistics, so it is not their"
+        " noise; yet exact statistics gained no less at the best rate, 0.3, than at 1.",
+    },
     reader_questions={
         "Why is my network good in training and erratic in testing?": "With batch norm and a large rate suspect the"
         " running averages before you suspect overfitting: in 20 LeNets they cost 2% on average and up to 14%, and"

@@ -255,10 +255,13 @@ EXPERIMENT = Experiment(
     citation="D. J. Im, M. Tao, K. Branson: An Empirical Analysis of the Optimization of Deep Network Loss Surfaces."
     " 2016, arXiv:1612.04010.",
     theme=WHY_FASTER,
-    answer="It depends on the network: on a straight line between the end points of two optimizers the loss of the"
-    " NIN-style network hardly changed on 19% of the way without batch norm and on 7% with it; that of the VGG-style"
-    " one on 5% and 8%, where a smooth hill has 4%. The plateau without batch norm is that of networks which have not"
-    " begun to learn, and stale statistics put up walls that are not there: five times the loss midway.",
+    answer={
+        "cpu": "It depends on the network: on a straight line between the end points of two optimizers the loss of the"
+        " NIN-style network hardly changed on 19% of the way without batch norm and on 7% with it; that of the"
+        " VGG-style one on 5% and 8%, where a smooth hill has 4%. The plateau without batch norm is that of networks"
+        " which have not begun to learn, and stale statistics put up walls that are not there: five times the loss"
+        " midway.",
+    },
     reader_questions={
         "What do I have to do with batch norm when I average or interpolate weights?": "Compute the statistics anew for"
         " the new weights. Midway between two networks the loss was 1.3 to 2 times too large with averaged statistics,"

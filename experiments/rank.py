@@ -152,10 +152,13 @@ EXPERIMENT = Experiment(
     citation="Hadi Daneshmand, Jonas Kohler, Francis Bach, Thomas Hofmann and Aurelien Lucchi, Batch Normalization"
     " Provably Avoids Rank Collapse for Randomly Initialised Deep Networks, NeurIPS 2020, arXiv:2003.01652.",
     theme=WHAT_IT_IS,
-    answer="It does keep them from collapsing: after 5,000 random linear layers of 128 units, 21 directions are left"
-    " with batch norm and one without, or with batch norm and weights that are not centred. But that is not all it"
-    " takes to train: networks that started with rank 1 did fail, yet 32 layers that started with the full rank of the"
-    " normalized network and went on without normalizing failed too (10% of the digits right; 57% with batch norm).",
+    answer={
+        "cpu": "It does keep them from collapsing: after 5,000 random linear layers of 128 units, 21 directions are"
+        " left with batch norm and one without, or with batch norm and weights that are not centred. But that is not"
+        " all it takes to train: networks that started with rank 1 did fail, yet 32 layers that started with the full"
+        " rank of the normalized network and went on without normalizing failed too (10% of the digits right; 57% with"
+        " batch norm).",
+    },
     reader_questions={
         "Does the rank of the last layer at the start tell whether a network will train?": "In part: over arms and"
         " depths it goes along with the final accuracy (correlation 0.63), less so than how even the gradients of the"

@@ -152,13 +152,13 @@ EXPERIMENT = Experiment(
     source="Goodfellow, Bengio and Courville, Deep Learning, section 8.7.1",
     citation="I. Goodfellow, Y. Bengio and A. Courville, Deep Learning, MIT Press 2016, section 8.7.1",
     theme=WHAT_IT_IS,
-    answer=(
-        "Both parameterizations compute the same function at the start, but gradient descent leads them apart: with"
-        " batch norm a unit's mean is set by its bias alone, without it 83% to 97% of its change comes from the"
-        " weights and layers below. What a layer passes on no longer depends on the size of its weights (times 100,"
-        " at the same rate, costs nothing on average, and 70 points of accuracy without batch norm), and without the"
-        " learned scale and bias sigmoids stay in their linear part, which costs 1.7 points."
-    ),
+    answer={
+        "cpu": "Both parameterizations compute the same function at the start, but gradient descent leads them apart:"
+        " with batch norm a unit's mean is set by its bias alone, without it 83% to 97% of its change comes from the"
+        " weights and layers below. What a layer passes on no longer depends on the size of its weights (times 100, at"
+        " the same rate, costs nothing on average, and 70 points of accuracy without batch norm), and without the"
+        " learned scale and bias sigmoids stay in their linear part, which costs 1.7 points.",
+    },
     reader_questions={
         "What differs from adding a linear layer?": (
             "A learned scale and bias without normalization are such a layer: 83% to 95% of the change of a unit's"

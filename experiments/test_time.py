@@ -280,9 +280,11 @@ EXPERIMENT = Experiment(
     " Angus Galloway et al. 2019, Batch Normalization is a Cause of Adversarial Vulnerability. Keller Jordan,"
     " kellerjordan.github.io/posts/adapt_bn.",
     theme=WHEN_IT_HELPS,
-    answer="Take the statistics of the new inputs if some eight or more are at hand: 32 unlabeled images won back 40%"
-    " of the digits on average, from 0.44 to 0.84 right. With two images they were hardly better than stale ones, and"
-    " where all of them show one digit they cost 13%.",
+    answer={
+        "cpu": "Take the statistics of the new inputs if some eight or more are at hand: 32 unlabeled images won back"
+        " 40% of the digits on average, from 0.44 to 0.84 right. With two images they were hardly better than stale"
+        " ones, and where all of them show one digit they cost 13%.",
+    },
     reader_questions={
         "My inputs have changed: should I update the running statistics?": "Yes, with 8 or more unlabeled inputs of"
         " all kinds: accuracy rose from 0.44 to 0.80 with 8 and to 0.84 with 32. Where nothing had changed, it cost"

@@ -219,11 +219,13 @@ EXPERIMENT = Experiment(
     " C. Szegedy: Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift."
     " ICML 2015, arXiv:1502.03167.",
     theme=WHY_FASTER,
-    answer="Because otherwise a step promises what the normalization undoes: a bias that is learned with stopped"
-    " gradients grows in proportion to the steps while the loss stands still, and in whole networks 42% of the"
-    " decrease that the gradient forecasts is left. Batch norm ended 2 to 7 points more accurate than the three"
-    " predecessors, although renormalizing after each step was the first at 80%, and a network without any"
-    " normalization ended as accurate.",
+    answer={
+        "cpu": "Because otherwise a step promises what the normalization undoes: a bias that is learned with stopped"
+        " gradients grows in proportion to the steps while the loss stands still, and in whole networks 42% of the"
+        " decrease that the gradient forecasts is left. Batch norm ended 2 to 7 points more accurate than the three"
+        " predecessors, although renormalizing after each step was the first at 80%, and a network without any"
+        " normalization ended as accurate.",
+    },
     reader_questions={
         "May I stop the gradient at the batch's mean and variance to save computation?": "Better not: with a rate"
         " searched for each, the network with stopped gradients was 7 points less accurate after 1,000 steps, at a"

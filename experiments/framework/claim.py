@@ -105,6 +105,8 @@ class Claim:
         threshold from no effect where not given.
       source: where the claim is made, if that is not the experiment's source.
       found: found(results) -> a sentence with the figures behind the effect; no part of the criterion.
+      standalone: the sentence where it is read alone, if `sentence` refers to one before it ("And it is faster."); no
+        part of the criterion.
       dispute: the question on which sources contradict each other, such as "Does noise help?". The report puts the
         claims of all experiments that name the same one side by side; no part of the criterion.
     """
@@ -123,6 +125,7 @@ class Claim:
     precision: float | None = None
     source: str = ""
     found: Callable[[xr.Dataset], str] | None = None
+    standalone: str = ""
     dispute: str = ""
 
     def __post_init__(self):

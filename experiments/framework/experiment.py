@@ -160,7 +160,8 @@ class Experiment:
       tables: table(settings, results) -> Table.
       pictures: picture(settings, results) -> Drawn; the first one answers the question.
       theme: under which the report groups it: one of `THEMES`, or another.
-      answer: what was found, in two sentences that a student understands, once the result is there.
+      answer: {preset: what was found, in two sentences that a student understands}, for each result that is there.
+      surprise: what nobody would have expected before the run, in one or two plain sentences, if there was something.
       citation: the source in full, as one cites it; `source` where not given.
       reader_questions: {what readers ask: the answer in two sentences}, for what this experiment settles.
     """
@@ -176,6 +177,7 @@ class Experiment:
     tables: Sequence[Callable[[Any, xr.Dataset], Table]] = ()
     pictures: Sequence[Callable[[Any, xr.Dataset], Drawn]] = ()
     theme: str = ""
-    answer: str = ""
+    answer: Mapping[str, str] = field(default_factory=dict)
+    surprise: str = ""
     citation: str = ""
     reader_questions: Mapping[str, str] = field(default_factory=dict)

@@ -60,9 +60,9 @@ def source_of(run: Run, verdict: Verdict) -> str:
 
 
 def answer_of(run: Run) -> str:
-    """The answer in two sentences; where an experiment declares none, how many claims held and what was found."""
-    if run.experiment.answer:
-        return run.experiment.answer
+    """The answer in two sentences; where none is declared for the preset, how many claims held and what was found."""
+    if answer := run.experiment.answer.get(run.config["preset"]):
+        return answer
     found = [f"{number} {SHORT[outcome]}" for outcome, number in counts(run.verdicts).items() if number]
     return f"Of {count(len(run.verdicts), 'claim')}, {', '.join(found)}."
 

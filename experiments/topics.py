@@ -1,0 +1,75 @@
+"""What the experiments ask together: questions of readers by topic, and disputes between sources with their outcome."""
+
+# Questions of `Experiment.reader_questions` in the order in which they are read; one that is not here comes last.
+QUESTIONS = {
+    "How it differs from what resembles it": (
+        "What differs from Xavier initialization?",
+        "What differs from weight decay?",
+        "What differs from layer and instance norm?",
+        "What differs from adding a linear layer?",
+        "Why does batch norm not whiten its inputs, if whitening is what one wants?",
+    ),
+    "Where it can be used": (
+        "Can batch norm be used in MLPs?",
+        "Is batch norm worth while in a shallow network?",
+        "Can batch norm be used after the activation?",
+        "Can batch norm be used in recurrent networks?",
+        "Is it enough to normalize the images, or one layer?",
+        "Over what does batch norm average in a convolutional layer?",
+        "Does batch norm still matter in a residual network?",
+        "Can I train a deep network without batch norm?",
+        "Why does a GAN need batch norm?",
+    ),
+    "How to train with it": (
+        "Which batch size?",
+        "What happens at a batch of 1?",
+        "Is dropout still needed?",
+        "Is weight decay of use with batch norm?",
+        "Should a layer in front of batch norm have a bias?",
+        "Should a batch fill the memory?",
+        "What must be equal in a fair comparison?",
+    ),
+    "How to use a trained network": (
+        "Which decay should the running averages have?",
+        "How many examples do population statistics need?",
+        "Why is my network good in training and erratic in testing?",
+        "My inputs have changed: should I update the running statistics?",
+        "Should batch norm be frozen for fine-tuning?",
+        "Do averaged weights (EMA, SWA) need new statistics?",
+    ),
+    "Why it works": (
+        "Why does training get shorter although a step is longer?",
+        "Does batch norm reduce internal covariate shift?",
+        "Does batch norm prevent vanishing and exploding gradients?",
+        "Is the loss smoother with batch norm?",
+        "Does batch norm help at small learning rates?",
+        "Is it the noise of the batch that makes batch norm generalize?",
+        "Do lower layers become useless?",
+        "Do lower layers learn last?",
+    ),
+}
+
+GRADIENTS = "Does batch norm keep gradients from vanishing or exploding?"
+SHIFT = "Does batch norm reduce internal covariate shift?"
+SMALL_BATCHES = "Does the noise of small batches help, or do small batches hurt?"
+DROPOUT = "Is dropout still needed?"
+ORDER = "Which layers of a network learn last?"
+CORRELATIONS = "Does removing correlations between units speed up learning?"
+PLACE = "Does batch norm belong before or after the activation?"
+IN_THE_END = "Does batch norm make a network more accurate in the end?"
+RECURRENT = "Does batch norm help between the time steps of a recurrent network?"
+SAMPLES = "Does batch norm make the samples of a GAN better?"
+
+# What the claims on both sides of a dispute say together; `Claim.dispute` names it.
+DISPUTES = {
+    GRADIENTS: "",
+    SHIFT: "",
+    SMALL_BATCHES: "",
+    DROPOUT: "",
+    ORDER: "",
+    CORRELATIONS: "",
+    PLACE: "",
+    IN_THE_END: "",
+    RECURRENT: "",
+    SAMPLES: "",
+}
