@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxbn
-from experiments.training import adaptation, models
+from experiments.training import adaptation, data, fine_tuning, models
 
 NORM = jaxbn.batch_norm(decay=0.9, epsilon=1e-5)
 IMAGES = jax.random.uniform(jax.random.key(0), (12, 28, 28, 1))
@@ -58,3 +59,18 @@ def test_freezing_is_the_librarys(trained, frozen):
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
     moved = adaptation.melt({"batch_stats": moved})["batch_stats"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), moved, stats)
+
+
+def test_fine_tuning_ends_with_exact_statistics_where_a_run_says_so(trained):
+    images = np.asarray(255 * IMAGES, np.uint8)
+    arrays = {"train_images": images.reshape(12, -1), "train_labels": np.zeros(12, int), "test_images": images}
+    arrays = jax.tree.map(jnp.asarray, arrays)
+    numbers = {"frozen": [0, 0], "of_target": [0, 0], "exact": [0, 1], "rate": [0.1, 0.1]}
+    runs = {name: jnp.asarray(values, jnp.float32) for name, values in numbers.items()}
+    tuning = fine_tuning.fine_tuning(build, NORM, lambda run: optax.sgd(run["rate"]))
+    states = tuning.begin(runs, jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), trained), arrays)
+    found = tuning.finish(runs, states, arrays)["variables"]["batch_stats"]
+    exact = adaptation.adapted(build, NORM, trained, data.pixels(jnp.asarray(images)), jnp.ones(12, bool), 0)
+    for number, expected in enumerate([trained, exact]):
+        ended = adaptation.melt({"batch_stats": jax.tree.map(lambda leaf, n=number: leaf[n], found)})["batch_stats"]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), ended, expected["batch_stats"])

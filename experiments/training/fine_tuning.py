@@ -1,7 +1,8 @@
 """Trained networks learn a small data set further, with running statistics that stand still or move.
 
 A run is a dict of numbers: "seed"; "frozen", 1 where statistics stand still in training; "of_target", 1 where they
-become those of the small data set first; and what the optimizer takes. All train in one compiled program a batch size.
+become those of the small data set first; "exact", 1 where they become those at the end, before anything is measured;
+and what the optimizer takes. All train in one compiled program a batch size.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,12 +23,13 @@ class FineTuning(NamedTuple):
 
     Attributes:
       begin: begin(runs, variables, arrays) -> the states before the first step; leaves [runs, ...].
-      task: the training; beside the accuracies it measures "exact_accuracy", on test with the statistics of all images
-        that are trained on.
+      task: the training.
+      finish: finish(runs, states, arrays) -> the states after the last step, as they are evaluated.
     """
 
     begin: Callable
     task: loop.Task
+    finish: Callable
 
 
 def fine_tuning(
@@ -35,25 +37,25 @@ def fine_tuning(
 ) -> FineTuning:
     """Fine-tuning of networks build(norm), whose batch_stats are a list of layers, by optimizer(run)."""
 
-    def by_all(variables: dict, arrays: dict) -> dict:
+    def by_all(variables: dict, arrays: dict, wanted: jax.Array) -> dict:
+        """The variables with the statistics of all images that are trained on, if they are wanted."""
         images, _ = loop.take(arrays, jnp.arange(len(arrays["train_labels"])))
-        return adaptation.adapted(build, norm, variables, images, jnp.ones(len(images), bool), 0)
-
-    def exact(run: dict, state: dict, arrays: dict) -> dict[str, jax.Array]:
-        found = by_all(adaptation.melt(state["variables"]), arrays)
-        test = arrays["test_images"], arrays["test_labels"]
-        return {"exact_accuracy": loop.accuracy(build(norm).apply, found, *test)}
+        found = adaptation.adapted(build, norm, variables, images, jnp.ones(len(images), bool), 0)
+        return jax.tree.map(partial(jnp.where, wanted > 0), found, variables)
 
     @jax.jit
     @partial(jax.vmap, in_axes=(0, 0, None))
     def begin(run: dict, variables: dict, arrays: dict) -> dict:
-        of_target = by_all(variables, arrays)["batch_stats"]
-        chosen = partial(jnp.where, run["of_target"] > 0)
-        stats = jax.tree.map(chosen, of_target, variables["batch_stats"])
-        variables = adaptation.freeze({**variables, "batch_stats": stats}, run["frozen"])
+        variables = adaptation.freeze(by_all(variables, arrays, run["of_target"]), run["frozen"])
         return {"variables": variables, "optimizer": optimizer(run).init(variables["params"])}
 
-    return FineTuning(begin, loop.Task(None, build(adaptation.freezable(norm)).apply, optimizer, metrics=exact))
+    @jax.jit
+    @partial(jax.vmap, in_axes=(0, 0, None))
+    def finish(run: dict, state: dict, arrays: dict) -> dict:
+        measured = by_all(adaptation.melt(state["variables"]), arrays, run["exact"])
+        return {**state, "variables": adaptation.freeze(measured, run["frozen"])}
+
+    return FineTuning(begin, loop.Task(None, build(adaptation.freezable(norm)).apply, optimizer), finish)
 
 
 def train(
@@ -78,5 +80,6 @@ def train(
     which = numbers["seed"] % len(jax.tree.leaves(variables)[0])
     states = tuning.begin(numbers, jax.tree.map(lambda leaf: jnp.asarray(leaf)[which], variables), arrays)
     states, loss = advance(states, numbers, arrays, 0)
+    states = tuning.finish(numbers, states, arrays)
     found = jax.device_get({"loss": loss, **evaluate(states, numbers, arrays)})
     return [{"stage": stage, "runs": list(runs)}, {"stage": stage, "first": 0, "step": steps, **found}]
