@@ -256,29 +256,39 @@ EXPERIMENT = Experiment(
     " Smith: Bayesian Uncertainty Estimation for Batch Normalized Deep Networks. ICML 2018, arXiv:1802.06455.",
     theme=WHEN_IT_HELPS,
     answer={
-        "cpu": "The noise of batch statistics narrowed the gap between training and test to 0.65 of what it was, and"
-        " the network was no better for it: statistics of 16 examples gave 0.934 of the test digits, those of all 256"
-        " gave 0.937, and noise put back into these 0.931. Dropout was not needed beside batch norm, where it cost"
-        " half a percent; batch norm alone beat dropout alone by 1.2%.",
+        "cpu": "Each at its best rate, batch norm by statistics of 16 examples named 93.4% of the test digits, by"
+        " those of all 256 93.7%, and with noise put back into these 93.1%: noise did not make the network more"
+        " accurate. Dropout was not needed beside batch norm, where it cost half a percent; batch norm alone was 1.2%"
+        " more accurate than no norm with dropout.",
     },
     reader_questions={
-        "Is dropout still needed?": "Not here: with batch norm the best dropout was none, and batch norm without"
-        " dropout was 1.2% more accurate than no norm with the best dropout. Without batch norm dropout gained a"
-        " tenth of a percent.",
-        "Is it the noise of the batch that makes batch norm generalize?": "No: the same noise put back into the"
-        " statistics of 256 examples made the network less accurate, by 0.6%. The noise did narrow the gap between"
-        " training and test.",
-        "Do random batch statistics tell what a network does not know?": "Averaged over 500 draws they were better"
-        " calibrated than running statistics, but one temperature chosen on validation did more, and clothes were"
-        " told from digits less well.",
+        "Is dropout still needed?": "Not beside batch norm in our small MLP: the dropout that was best on"
+        " validation cost half a percent. Batch norm without dropout was 1.2% more accurate than no norm with"
+        " dropout, which gained a tenth of a percent there, not told from nothing.",
+        "Is it the noise of the batch that makes batch norm generalize?": (
+            "Not in accuracy: with the noise of 16 examples put back into the statistics of 256, each at its best"
+            " rate (0.1 and 0.9), our MLP was 0.6% less accurate. That the noise narrows the gap between training and"
+            " test loss is not shown, since the rates differ as well."
+        ),
+        "Do random batch statistics tell what a network does not know?": (
+            "Averaged over 500 draws probabilities were better calibrated (error 0.015) than those by running"
+            " statistics (0.036) and than these with one temperature chosen on validation (0.022). But the"
+            " temperature gave test digits the higher likelihood, and clothes were told from digits less well by the"
+            " draws (0.85 against 0.87)."
+        ),
     },
+    surprise="Noise is said to be what makes batch norm generalize. With mean and variance taken over 16 examples in"
+    " place of 256 a network was not more accurate but 0.3% less, and noise put back did not help it either.",
     differs="The sources train convolutional networks on CIFAR and ImageNet; here an MLP of three layers learns 3,500"
     " digits for 30 epochs. Luo et al. vary the batch of SGD with that of batch norm, and estimate population"
-    " statistics from many examples; here SGD always takes 256, which also stand for the population, and their decay,"
-    " which they derive for one layer, has a strength chosen on validation. Noise put back is drawn for each unit by"
-    " itself, that of real batches is shared. Running variances are averages of biased ones, as in Flax: too small"
-    " where groups are. Abstracts and summaries of the sources were read, and figure 1 of Li et al.; section 3.4 of"
-    " Ioffe and Szegedy, and that Wu and He 2018 find small batches to hurt, are as remembered.",
+    " statistics from many examples; here SGD always takes 256, which also stand for the population, and their"
+    " decay, which they derive for one layer, has a strength chosen on validation. Noise put back is drawn for each"
+    " unit by itself, that of real batches is shared. Running variances are averages of biased ones, as in Flax:"
+    " too small where groups are. Abstracts and summaries of the sources were read, and figure 1 of Li et al.;"
+    " section 3.4 of Ioffe and Szegedy, and that Wu and He 2018 find small batches to hurt, are as remembered. The"
+    " gap between training and test is compared where each arm has its own best rate: 0.1 for groups of 16 (0.3 and"
+    " 0.9 were as good on validation) and 0.9 for all 256. At one rate the search, with two seeds, had gaps 0.81 to"
+    " 0.96 times as large with 16; that the claim on the gap holds is therefore partly the rate's doing.",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=2, interval=1, width=8, samples=3, unknown="mnist5k"),
         "cpu": Sizes(seeds=9, data="mnist5k", steps=390, interval=195),
