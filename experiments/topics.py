@@ -72,9 +72,9 @@ DISPUTES = {
         " and the gradients of layers change two and a half times as much when the layers below them move."
     ),
     SMALL_BATCHES: (
-        "Fewer examples in a statistic were never measurably better in our small networks: 16 in place of 256 cost 0.3%,"
-        " 4 in place of 16 another 1.8%, and 1 in place of 8 over 40%, most of it because running statistics do not fit."
-        " Small steps of SGD are another matter, and small batches bring both."
+        "Fewer examples in a statistic were never measurably better in our small networks: 16 in place of 256 cost"
+        " 0.3%, 4 in place of 16 another 1.8%, and 1 in place of 8 over 40%, most of it because running statistics do"
+        " not fit. Small steps of SGD are another matter, and small batches bring both."
     ),
     DROPOUT: ("Not in our small network: with batch norm the dropout that was best on validation cost half a percent."),
     ORDER: (
