@@ -234,8 +234,8 @@ EXPERIMENT = Experiment(
             " the seconds, at steps 1.15 times as long. LeNet's step asked for no more memory than without batch"
             " norm."
         ),
-        "Should a batch fill the memory?": "Not on a CPU: LeNet took most examples per second at batches of 128. At 2,048"
-        " it took fewer, and a step asked for nearly sixteen times the memory.",
+        "Should a batch fill the memory?": "Not on a CPU: LeNet took most examples per second at batches of 128. At"
+        " 2,048 it took fewer, and a step asked for nearly sixteen times the memory.",
     },
     differs="The lesson feeds every batch from Python to TensorFlow 1 and shows the steps per second of one run; here"
     " a step is one compiled program whose batch lies on the device, and every arm trains at its own best rate, on"
