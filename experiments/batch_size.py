@@ -32,7 +32,7 @@ import jaxbn
 from experiments.framework.claim import Claim, Compared
 from experiments.framework.experiment import WHEN_IT_HELPS, Experiment, Settings, Stage
 from experiments.framework.pictures import COLORS, dots, lines, panels
-from experiments.framework.results import side_by_side
+from experiments.framework.results import label_cells, side_by_side
 from experiments.framework.search import FIRST_SEED, beyond
 from experiments.framework.tables import table_of
 from experiments.topics import SMALL_BATCHES
@@ -234,6 +234,13 @@ def by_statistics(r: xr.Dataset) -> xr.DataArray:
     return side_by_side(found).rename(figure="statistics")
 
 
+def with_ghosts(r: xr.Dataset) -> xr.DataArray:
+    """The same of every network with batch norm, those with ghost batches too: [trained, seed, statistics]."""
+    arms = [NORM, *GHOSTS.values()]
+    found = side_by_side({name: r[values].sel(arm=arms) for name, values in STATISTICS.items()})
+    return label_cells(found.rename(figure="statistics"), ["batch", "arm"], "trained").dropna("trained", how="all")
+
+
 def draw_batches(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:
     """Every arm by batch size."""
     looks = dict(hue="arm", palette=SHADES, style="arm", markers=True, dashes=False, err_style="bars")
@@ -280,7 +287,7 @@ single = partial(Claim, exact=1e-12, unit="absolute", source="what the formula s
 small, large = [ONE, SMALL], [USUAL, LARGE]
 
 EXPERIMENT = Experiment(
-    title="Batch norm's batch and that of SGD are two things, and each has its own best size.",
+    title="Batch norm by the batch of SGD and by the number of examples that share mean and variance.",
     question="Which batch size, and what happens at a batch of 1?",
     source="Wu and He 2018; Masters and Luschi 2018; Hoffer, Hubara and Soudry 2017; Ioffe 2017",
     citation="Yuxin Wu and Kaiming He: Group Normalization. ECCV 2018, arXiv:1803.08494. Dominic Masters and Carlo"
@@ -289,19 +296,24 @@ EXPERIMENT = Experiment(
     " Renormalization. NIPS 2017, arXiv:1702.03275.",
     theme=WHEN_IT_HELPS,
     answer={
-        "cpu": "At equally many examples a batch of 64 was best with batch norm (0.91) and one of 8 without (0.88),"
-        " and 512 lost with batch norm (0.69), group norm (0.44) and no norm (0.22) alike, for it makes fewer steps."
-        " What hurts batch norm is fewer than about eight examples that share mean and variance, whatever the batch of"
-        " SGD: 0.91 by 64, 0.89 by 8, 0.46 by 1, all in steps of 64.",
+        "cpu": "At equally many examples batch norm tested best at a batch of 64 or 8 (0.91, 0.89), group norm and no"
+        " norm at 8 or 1 (0.90, 0.88), and all far worse at 512 (0.69, 0.44, 0.22). Normalized image by image in steps"
+        " of 64, a network tested at 0.47, but at 0.91 by each test image's own statistics: it had learned, and"
+        " running statistics did not fit it.",
     },
+    surprise="Small batches are said to hurt batch norm, and by running averages a convolutional network that was"
+    " trained at a batch of 1 named only 0.67 of the test digits. By the statistics of each test image the same network"
+    " named 0.90: it had learned, and the averages did not fit it.",
     reader_questions={
-        "Which batch size?": "At equally many examples 64 was best with batch norm, 8 without, and 512 lost with"
-        " every norm, for it makes fewer steps. Batch norm itself was content with 8 examples that share statistics,"
-        " which can be fewer than SGD's (ghost batches).",
-        "What happens at a batch of 1?": "In a dense layer batch norm puts out its bias and passes no gradient on;"
-        " with two examples it says only which of them is larger. A convolution still averages over positions, which"
-        " is instance norm: it learned, but by running statistics it named 0.67 of the test digits, by those of each"
-        " image 0.90.",
+        "Which batch size?": "In these experiments 64 or 8 with batch norm, 8 with renorm (0.93, the highest mean),"
+        " and 8 or 1 with group norm or no norm; 512 lost with all of them, for batch norm until it saw eight times as"
+        " many examples (in ghost batches of 64, 0.85 instead of 0.45). Fewer examples than a step's can share mean"
+        " and variance: in steps of 64, five seeds do not tell 8 of them from 64 (0.89 against 0.91), but running"
+        " statistics did not fit what was normalized by single images (0.47).",
+        "What happens at a batch of 1?": "In a dense layer batch norm outputs its bias and passes no gradient on; with"
+        " two examples it says only which of them is larger. A convolution still averages over positions, which is"
+        " instance norm: in these experiments it learned, for it named 0.90 of the test digits by the statistics of"
+        " each image, but only 0.67 by running statistics.",
     },
     differs="The sources train deep networks on ImageNet or CIFAR for many epochs, with momentum, weight decay and"
     " falling rates; here three convolutions learn 3,500 digits for six epochs without. Abstracts were read; Hoffer's"
@@ -328,6 +340,8 @@ EXPERIMENT = Experiment(
             lambda r: (on_test(r).sel(batch=USUAL, drop=True) - on_test(r).sel(batch=small)).sel(arm=NORM, drop=True),
             source=WU, dispute=SMALL_BATCHES,
             measures=f"final test accuracy of batch norm, each at its best rate: batch {USUAL} minus smaller ones",
+            standalone="Small batches hurt batch norm where the batch of SGD and the examples that share mean and"
+            " variance shrink together, as they usually do.",
         ),
         best_of(
             "The best batch sizes lie between 2 and 32.", best_is_small, source=MASTERS,
@@ -338,6 +352,8 @@ EXPERIMENT = Experiment(
             source=MASTERS + ", without its second cause",
             measures="final test accuracy of batch norm, each at its best rate: the smallest batch minus larger ones"
             " in ghost batches of that size",
+            standalone="With batch norm, small batches of SGD help where equally many examples share mean and"
+            " variance.",
         ),
         best_of(
             "Where batches are small, group norm is better than batch norm.",
@@ -352,6 +368,7 @@ EXPERIMENT = Experiment(
             lambda r: (on_test(r) - on_test(r).sel(batch=USUAL)).sel(arm=GROUP_NORM, batch=[ONE, SMALL, LARGE]),
             equal=0.01, source=WU,
             measures=f"final test accuracy of group norm, each at its best rate, minus that at batch {USUAL}",
+            standalone="Group norm is equally accurate at any batch size.",
         ),
         best_of(
             "Where batches are small, renorm is better than batch norm.",
@@ -365,16 +382,22 @@ EXPERIMENT = Experiment(
         regime(
             "At the same rate and equally many epochs a large batch loses accuracy.",
             Compared(by_regime, BASELINE, SAME_RATE, "regime"), above=0.0,
+            standalone="With batch norm, at the same rate and equally many epochs, a large batch loses accuracy.",
         ),
         regime(
             "A rate that grows with the square root of the batch wins some of it back.",
             Compared(by_regime, ROOT, SAME_RATE, "regime"), above=0.0,
+            standalone="A learning rate that grows with the square root of the batch wins back some of the accuracy"
+            " that a large batch loses.",
         ),
         regime(
             "Ghost batches win back more.", Compared(by_regime, GHOST, ROOT, "regime"), above=0.0,
+            standalone="Ghost batches win back more of the accuracy that a large batch loses than a rate that grows"
+            " with the square root of the batch does alone.",
         ),
         regime(
             "With as many updates nothing is lost.", Compared(by_regime, AS_MANY, BASELINE, "regime"), above=-0.005,
+            standalone="With ghost batches and as many updates as a small batch has, a large batch loses no accuracy.",
         ),
         best_of(
             "The loss is none of batch norm's: a large batch loses without it, too, even at its own best rate.",
@@ -382,6 +405,8 @@ EXPERIMENT = Experiment(
                 arm=[NORM, GROUP_NORM, NONE]
             ),
             source=OURS, measures=f"final test accuracy, each at its best rate: batch {USUAL} minus batch {LARGE}",
+            standalone="What a large batch loses is not batch norm's fault: it loses accuracy without batch norm, too,"
+            " even at its own best rate.",
         ),
         single(
             "At a batch of 1 batch norm in a dense layer puts out its bias, whatever it is shown.",
@@ -407,16 +432,22 @@ EXPERIMENT = Experiment(
             "At test time it is then better by the statistics of each image, as in training, than by running ones.",
             Compared(lambda r: by_statistics(r).sel(batch=ONE, drop=True), "of each image", "running", "statistics"),
             above=0.0,
+            standalone="A convolutional network with batch norm that was trained at a batch of 1 tests better by the"
+            " statistics of each image, as in training, than by running ones.",
         ),
         at_one(
             "Exact statistics of the data do no better than the running ones.",
             Compared(lambda r: by_statistics(r).sel(batch=ONE, drop=True), "exact", "running", "statistics"),
             equal=0.01,
+            standalone="A convolutional network with batch norm that was trained at a batch of 1 tests no better by"
+            " exact statistics of the data than by running ones.",
         ),
         at_one(
             f"That is due to the batch of 1: trained at {USUAL}, the network is worse by the statistics of each image.",
             Compared(lambda r: by_statistics(r).sel(batch=USUAL, drop=True), "of each image", "running", "statistics"),
             below=0.0, measures=f"final test accuracy of batch norm trained at a batch of {USUAL}",
+            standalone="It is training at a batch of 1 that makes the statistics of each image the better ones at test"
+            f" time: trained at {USUAL}, a network with batch norm is worse by them.",
         ),
     ],
     tables=[
@@ -436,13 +467,14 @@ EXPERIMENT = Experiment(
             "Ways to mend a large batch",
             lambda r: side_by_side({f"{name} accuracy": by_regime(r, name).rename("a") for name in ("test", "train")}),
             rows=["regime"], columns="figure", published=PUBLISHED,
-            note="Rates from the best one at batch 64. Published: Hoffer et al., table 1, a dense network on MNIST,"
-            " batches of 128 and 4,096; as remembered.",
+            note="Rates from the best one at batch 64. The last row sees eight times as many examples. Published:"
+            " Hoffer et al., table 1, a dense network on MNIST, batches of 128 and 4,096; as remembered.",
         ),
         table_of(
-            "Batch norm at test time: accuracy by the statistics that normalize", by_statistics,
-            rows=["batch"], columns="statistics",
-            note="Running averages over 1,024 examples; exact ones of 1,000 training images; those of each test image.",
+            "Batch norm at test time: accuracy by the statistics that normalize", with_ghosts,
+            rows=["trained"], columns="statistics",
+            note="Running averages over 1,024 examples; exact ones of 1,000 training images; those of each test image."
+            " Ghost batches: so many examples of a batch share mean and variance in training.",
         ),
         table_of(
             "Learning rate chosen on validation", lambda r: r.rate.expand_dims(seed=[0]),
@@ -453,11 +485,12 @@ EXPERIMENT = Experiment(
         panels(
             draw_batches, draw_apart, draw_regimes, file="batch_size.png", size=(4.5, 3.7),
             title="Which batch size, and what happens at a batch of 1?",
-            caption="Three convolutions learn 3,500 digits; each point at the learning rate that was best on"
-            " validation, equally many examples. Lines: means of the seeds, bars: their range. Hollow: trained at a"
-            " batch of 1, tested by the statistics of each image. Middle: groups of a"
-            " batch are normalized each by itself. Right: a dot a seed, a bar the mean; published: a dense network on"
-            " all of MNIST, batches of 128 and 4,096 (Hoffer et al. 2017, as remembered).",
+            caption="Three convolutions learn 3,500 digits. Left and middle: equally many examples, each point at the"
+            " learning rate that was best on validation; lines: means of the seeds, bars: their range. Hollow: trained"
+            " at a batch of 1, tested by the statistics of each image. Middle: groups of a batch are normalized each by"
+            " itself. Right: rates follow from the best one of batch 64, and the last row sees eight times as many"
+            " examples; a dot a seed, a bar the mean; published: a dense network on all of MNIST, batches of 128 and"
+            " 4,096 (Hoffer et al. 2017, as remembered).",
         )
     ],
 )  # fmt: skip

@@ -235,21 +235,26 @@ EXPERIMENT = Experiment(
     " A Mean Field Theory of Batch Normalization, ICLR 2019, arXiv:1902.08129.",
     theme=WHAT_IT_IS,
     answer={
-        "cpu": "At the start it does not: in a ReLU network the squared gradient grows 1.46-fold per layer on the way"
-        " down (theory: 1.467), a hundred million times over 50 layers, where the same weights without batch norm keep"
-        " it as it is. What batch norm does is to make this growth the same for every size of the weights; a plain"
-        " network whose weights are half or twice the right size is off by a factor of 4 per layer.",
+        "cpu": "At the start batch norm does not: in a ReLU network the squared gradient grew 1.46-fold per layer on"
+        " the way down (theory: 1.467), a hundred million times over 50 layers; without batch norm the same weights"
+        " kept its size. But that growth is the same for every size of the weights, where without batch norm half or"
+        " twice the size changes it 4-fold per layer.",
     },
+    surprise="Batch norm's authors conjecture that it leaves gradients their size on the way down. At the start of a"
+    " ReLU network it does the opposite: the squared gradient grew 1.46-fold per layer, a hundred million times over"
+    " 50 layers, and the same weights without batch norm left it as it was.",
     reader_questions={
         "Does batch norm prevent vanishing and exploding gradients?": "Not at the start: every layer of batch norm and"
-        " ReLU multiplies the squared gradient by about 1.47, because it takes the mean out and divides by what is"
-        " left, which is small. It does prevent what weights of the wrong size would do, which is far worse.",
+        " ReLU multiplied the squared gradient by about 1.46, because it takes the mean out and divides by what is"
+        " left, which is small. It does prevent what weights of the wrong size would do, which is worse: without it,"
+        " half or twice the right size changed the squared gradient 4-fold per layer.",
         "Why do deep networks with batch norm train although their gradients explode at the start?": "A layer with a"
         " huge gradient takes a huge step, its weights become long, and below batch norm long weights have a small"
-        " gradient. After ten steps the lowest fifteen of 50 layers no longer stand out; the layers above still do.",
-        "Can I cure the explosion with smaller initial weights?": "No, batch norm takes the size of the weights out and"
-        " the growth is the same to three digits. A bias of 2 before the ReLU, which makes it nearly linear, brings"
-        " the growth per layer from 1.46 down to 1.04.",
+        " gradient. After ten steps the lowest fifteen of our 50 layers no longer stood out; in the layers above the"
+        " gradient still grew.",
+        "Do smaller initial weights keep gradients from exploding with batch norm?": "No, batch norm takes the size of"
+        " the weights out, and the growth per layer was the same to three digits with weights of half and twice the"
+        " size. A bias of 2 before the ReLU, which makes it nearly linear, brought it from 1.46 down to 1.04.",
     },
     differs="Theirs: 200 networks of width 1,000 for the rates (figure 1). Here 5 networks a size; growth is measured"
     " in the network itself, between layers 10 and 40, where theirs is an eigenvalue. The size and data of their"
@@ -272,6 +277,7 @@ EXPERIMENT = Experiment(
         per_layer(
             "Batch norm leaves gradients their size on the way down.", lambda r: control(r).sel(arm=MAIN),
             equal=0.05, source=IOFFE + " (conjecture)", dispute=GRADIENTS,
+            standalone="Batch norm leaves gradients their size on the way down through a deep network.",
         ),
         per_layer(
             "Batch norm itself makes gradients explode with depth.", Compared(control, ratio=True),
@@ -287,43 +293,59 @@ EXPERIMENT = Experiment(
             lambda r: by_scale(r, MAIN) / control(r).sel(arm=MAIN),
             measures="growth with weights of half and twice He's size over that with He's",
             equal=0.01, precision=0.005, source="Yang et al. 2019, section 3.1; " + IOFFE,
+            standalone="With batch norm the explosion of gradients with depth is the same whatever the size of the"
+            " weights.",
         ),
         per_layer(
             "In the limit of wide layers and large batches the growth is pi / (pi - 1) = 1.467.",
             lambda r: largest_size(r) / LIMIT,
             measures="growth of the widest network with the largest batch over pi / (pi - 1)", equal=0.03,
+            standalone="In the limit of wide ReLU layers and large batches batch norm makes the squared gradient grow"
+            " by pi / (pi - 1) = 1.467 per layer.",
         ),
         per_layer(
             "At every batch size the growth is that of theorem 8.", lambda r: by_batch(r) / relu_rate(r.batch),
             measures="growth over the theory's", equal=0.05,
+            standalone="At every batch size batch norm with ReLU makes the squared gradient grow per layer as theorem"
+            " 8 of Yang et al. says.",
         ),
         per_layer(
             "Without an activation the growth is (B - 2) / (B - 3).", over_linear_theory,
             measures="growth over the theory's", equal=0.02,
+            standalone="With batch norm and no activation the squared gradient grows by (B - 2) / (B - 3) per layer,"
+            " at a batch size of B.",
         ),
         per_layer(
             "Other activations explode as well: tanh.", lambda r: control(r).sel(arm="batch norm, tanh"),
             above=1.05, source="Yang et al. 2019, theorem 9",
+            standalone="With batch norm gradients explode with depth under other activations as well: tanh.",
         ),
         per_layer(
             "A bias that brings the ReLU close to linear weakens the explosion.",
             Compared(control, "batch norm, bias 2", MAIN, ratio=True), below=0.9, source="Yang et al. 2019, figure 4b",
+            standalone="A bias that brings the ReLU close to linear weakens the explosion of gradients with batch"
+            " norm.",
         ),
         per_layer(
             "It comes from dividing by the deviation, not from the gradient through the statistics.",
             Compared(control, "statistics held constant", MAIN, ratio=True), equal=0.05,
             source="Luther 2020, Batch Norm Causes Exploding Gradients",
+            standalone="The explosion of gradients with batch norm comes from dividing by the deviation, not from the"
+            " gradient through the statistics.",
         ),
         Claim(
             "A single gradient step brings the gradients of all layers close together.",
             lambda r: spans(r).sel(arm=MAIN, step=1, drop=True) / spans(r).sel(arm=MAIN, step=0, drop=True),
             measures="largest over smallest squared gradient of all layers, after a step over before",
             unit="times the span", ratio=True, below=0.01, source="Yang et al. 2019, abstract and figure 3",
+            standalone="With batch norm a single gradient step brings the gradients of all layers close together.",
         ),
         per_layer(
             "Rounding plays no part: float32 shows what float64 shows.",
             lambda r: control(r).sel(arm=PAIR) / growth(r.precise.sel(arm=PAIR)),
             measures="growth in float32 over float64", equal=0.001, precision=0.0005, source="a control",
+            standalone="Rounding plays no part in the explosion of gradients with batch norm: float32 shows what"
+            " float64 shows.",
         ),
     ],
     tables=[

@@ -62,14 +62,43 @@ SAMPLES = "Does batch norm make the samples of a GAN better?"
 
 # What the claims on both sides of a dispute say together; `Claim.dispute` names it.
 DISPUTES = {
-    GRADIENTS: "",
-    SHIFT: "",
-    SMALL_BATCHES: "",
-    DROPOUT: "",
-    ORDER: "",
-    CORRELATIONS: "",
-    PLACE: "",
-    IN_THE_END: "",
-    RECURRENT: "",
-    SAMPLES: "",
+    GRADIENTS: (
+        "Both, by what one compares with. At the start batch norm makes gradients grow from layer to layer on the way"
+        " down (their norm 1.1 to 1.2-fold), where a plain ReLU network with He's weights keeps them. Where weights"
+        " have the wrong size or units saturate, those of the plain network vanish or explode much faster."
+    ),
+    SHIFT: (
+        "It depends on what is called shift. With batch norm the inputs of layers move a quarter as far in a step,"
+        " and the gradients of layers change two and a half times as much when the layers below them move."
+    ),
+    SMALL_BATCHES: (
+        "Fewer examples in a statistic were never measurably better in our small networks: 16 in place of 256 cost"
+        " 0.3%, 4 in place of 16 another 1.8%, and 1 in place of 8 over 40%, most of it because running statistics do"
+        " not fit. Small steps of SGD are another matter, and small batches bring both."
+    ),
+    DROPOUT: ("Not in our small network: with batch norm the dropout that was best on validation cost half a percent."),
+    ORDER: (
+        "Lower layers were nearer to their final outputs all along, and yet it cost more to freeze them early than to"
+        " freeze the upper ones. Batch norm made their lead smaller, not larger."
+    ),
+    CORRELATIONS: (
+        "Not beyond what batch norm does: in a small MLP whitening took 1.7 times as many steps, and 3.6 times as"
+        " many seconds."
+    ),
+    PLACE: (
+        "It hardly matters: after the activation a network was 0.4% more accurate, less than the percent that we"
+        " count as a difference."
+    ),
+    IN_THE_END: (
+        "In a short training it did, by 2.4% on average over three small networks (0.1% to 4.7%), each at its own"
+        " best rate. Of a training until nothing improves any more this says nothing."
+    ),
+    RECURRENT: (
+        "Ten seeds do not tell: an LSTM without it took 1.07 times as many steps (0.86 to 1.32), one with it on the"
+        " inputs alone 1.13 times (0.92 to 1.38)."
+    ),
+    SAMPLES: (
+        "It did, with our small networks: the distance of samples from real digits was an eighth of that without, a"
+        " quarter where He's weights help the plain GAN, and half where they help both."
+    ),
 }

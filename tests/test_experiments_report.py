@@ -11,6 +11,7 @@ import pytest
 from finished_runs import ABOVE, CLAIM, PROTOCOL, TABLE, finished_run, results, verdict
 from rich.console import Console
 
+from experiments import topics
 from experiments.__main__ import main
 from experiments.errors import UserError
 from experiments.framework import registry, report
@@ -68,9 +69,10 @@ class Ids(HTMLParser):
 
 
 def texts_of(directory):
-    """Both reports, written."""
+    """Both reports, written; the Markdown of the first page and then of each run's."""
     report.write_report(directory, None)
-    return (directory / report.REPORT).read_text(), (directory / report.PAGE).read_text()
+    pages = [directory / report.REPORT, *sorted(directory.glob(f"*/{report.REPORT}"))]
+    return "\n".join(page.read_text() for page in pages), (directory / report.PAGE).read_text()
 
 
 def plain(page):
@@ -91,7 +93,7 @@ def test_a_table_in_markdown():
 
 
 def test_both_reports_have_question_verdict_table_picture_criterion_and_origin(tmp_path, monkeypatch):
-    declared(monkeypatch, citation="", answer="", reader_questions={})
+    declared(monkeypatch, citation="", answer={}, surprise="", reader_questions={})
     finished_run(tmp_path, [verdict(HELD)], protocol=PROTOCOL)
     markdown, page = texts_of(tmp_path)
     for text in (markdown, plain(page)):
@@ -99,7 +101,7 @@ def test_both_reports_have_question_verdict_table_picture_criterion_and_origin(t
             "Why?",
             "A paper",
             "Of 1 claim, 1 held.",
-            "Effect 1.05 points, 95% interval 0.926 to 1.17, n = 3.",
+            "The effect = 1.05 points (95% interval 0.926 to 1.17, n = 3).",
             "Accuracy",
             "n = 2",
             f"Claim. {CLAIM.criterion}",
@@ -115,7 +117,8 @@ def test_both_reports_have_question_verdict_table_picture_criterion_and_origin(t
             words.INTERVALS,
         ):
             assert part in text
-    assert "![A picture.](benefits/a.png)" in markdown
+    assert "![What is it?](a.png)\n\n*A picture.*" in markdown
+    assert "<figcaption>A picture.</figcaption>" in page
     assert 'alt="What is it? A picture."' in page
 
 
@@ -144,16 +147,20 @@ def test_the_reports_count_outcomes_and_have_the_effect_of_every_cell(tmp_path):
     assert "rate 10.05-0.0742 to 0.174" in plain(page).replace(" rate 1 ", "rate 1")
 
 
-def test_what_surprised_us_is_what_failed_or_held_in_part(tmp_path):
+def test_what_surprised_us_is_told_once_and_what_failed_or_held_in_part_is_listed(tmp_path, monkeypatch):
+    declared(monkeypatch, surprise="Nobody would have thought so.")
     sentences = {"above, held": "Held.", "above, failed": "Failed.", "above, in part": "In part."}
     verdicts = [EVERY[name]._replace(claim=sentence) for name, sentence in sentences.items()]
     finished_run(tmp_path, verdicts)
-    for text in both(tmp_path):
-        told = text[text.index("What surprised us") :]
-        told = told[: told.index("Why?")]
-        assert "Did not hold (claimed: above 0.5)." in told
-        assert "Held on average (claimed: above 0.5), but not for certain in 1 of 2 cells: rate 1" in told
-        assert "Held." not in told
+    finished_run(tmp_path, [verdict(HELD)], name="benefits_again")
+    markdown, page = both(tmp_path)
+    for text in (markdown, page):
+        assert text.count("Nobody would have thought so.") == 1
+    told = page[page.index("2 claims that failed or held in part only") :]
+    told = told[: told.index("Why?")]
+    assert "Did not hold (claimed: above 0.5)." in told
+    assert "Held on average (claimed: above 0.5), but not for certain in 1 of 2 cells: rate 1" in told
+    assert "Held." not in told
 
 
 def test_what_was_read_back_is_what_was_judged(tmp_path):
@@ -207,9 +214,9 @@ def test_a_result_of_other_code_is_not_stale(tmp_path):
 
 def test_the_check_writes_nothing_and_asks_for_a_report_that_is_behind(tmp_path, capsys):
     finished_run(tmp_path, [verdict(HELD)])
-    before = sorted(tmp_path.iterdir())
+    before = sorted(tmp_path.rglob("*"))
     assert main(["report", "--check", "--results", str(tmp_path)]) == 1
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(tmp_path.rglob("*")) == before
     assert "report.html is not what the results say" in capsys.readouterr().err
     assert main(["report", "--results", str(tmp_path)]) == 0
     assert main(["report", "--check", "--results", str(tmp_path)]) == 0
@@ -282,7 +289,8 @@ def test_benchmarks_are_no_experiment(tmp_path):
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     finished_run(tmp_path, [verdict(HELD)])
-    before = texts_of(tmp_path)
+    texts_of(tmp_path)
+    before = {path: path.read_text() for path in (tmp_path / report.REPORT, tmp_path / report.PAGE)}
     shutil.rmtree(tmp_path / "benefits")
     finished_run(tmp_path, [verdict(FAILED)])
 
@@ -292,15 +300,19 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(UserError, match="No space left"):
         report.write_report(tmp_path, None)
-    assert tuple((tmp_path / file).read_text() for file in (report.REPORT, report.PAGE)) == before
-    assert not list(tmp_path.glob("*.new"))
+    assert {path: path.read_text() for path in before} == before
+    assert not list(tmp_path.rglob("*.new"))
 
 
 def test_a_second_run_of_an_experiment_has_a_section_of_its_own(tmp_path):
     finished_run(tmp_path, [verdict(HELD)])
     finished_run(tmp_path, [verdict(HELD)], name="benefits_again")
-    text, _ = texts_of(tmp_path)
-    assert text.index("## benefits\n") < text.index("## benefits_again\n")
+    text, page = texts_of(tmp_path)
+    assert text.index("### [benefits](benefits/README.md)") < text.index(
+        "### [benefits_again](benefits_again/README.md)"
+    )
+    assert text.index("\n# benefits\n") < text.index("\n# benefits_again\n")
+    assert page.index('id="benefits"') < page.index('id="benefits_again"')
 
 
 def test_the_list_in_the_top_page_is_replaced_between_its_marks(tmp_path):
@@ -311,7 +323,7 @@ def test_the_list_in_the_top_page_is_replaced_between_its_marks(tmp_path):
     first, *_, last = readme.read_text().split("\n")
     assert (first, last) == ("before", "after")
     assert "**Of 2 claims: 1 held, 0 held in part, 1 failed, 0 open.**" in readme.read_text()
-    assert "- when it helps: [benefits](experiments/results/README.md#benefits) 1 of 2\n" in readme.read_text()
+    assert "- when it helps: [benefits](experiments/results/benefits/README.md) 1 of 2\n" in readme.read_text()
     assert "old" not in readme.read_text()
 
 
@@ -332,7 +344,7 @@ def declared(monkeypatch, **fields):
 
 
 def test_parts_that_no_experiment_declares_are_left_out(tmp_path, monkeypatch):
-    declared(monkeypatch, citation="", answer="", reader_questions={})
+    declared(monkeypatch, citation="", answer={}, surprise="", reader_questions={})
     finished_run(tmp_path, [verdict(HELD)])
     for text in both(tmp_path):
         assert "contradict" not in text
@@ -357,14 +369,86 @@ def test_every_experiment_says_how_it_goes(name):
 
 
 def test_an_answer_a_citation_and_readers_questions_are_shown(tmp_path, monkeypatch):
-    said = {"Is it needed?": "No. Not here."}
-    declared(monkeypatch, answer="It does. Look.", citation="A. Author, Paper, 2015.", reader_questions=said)
+    said = {"Is it needed?": "No. Not here.", "Which batch size?": "Any."}
+    answer = {"cpu": "It does. Look."}
+    declared(monkeypatch, answer=answer, citation="A. Author, Paper, 2015.", reader_questions=said)
     finished_run(tmp_path, [verdict(HELD)])
     finished_run(tmp_path, [verdict(HELD)], name="again")
     for text in both(tmp_path):
         assert "It does. Look." in text
         assert "A. Author, Paper, 2015." in text
+        assert text.count("Is it needed?") == text.count("Not here.") == 1
+        assert text.index("How to train with it") < text.index("Which batch size?") < text.index("Is it needed?")
+
+
+def test_an_answer_is_that_of_the_preset_and_never_of_another(tmp_path, monkeypatch):
+    declared(monkeypatch, answer={"full": "It does. Look."})
+    finished_run(tmp_path, [verdict(HELD)])
+    for text in both(tmp_path):
+        assert "It does." not in text
+        assert "Of 1 claim, 1 held." in text
+
+
+def test_one_question_to_two_experiments_has_both_answers(tmp_path, monkeypatch):
+    load = registry.load
+
+    def more(name):
+        held = load(name)
+        fields = {field: getattr(held, field) for field in held.__dataclass_fields__}
+        return Experiment(**{**fields, "reader_questions": {"Is it needed?": f"Says {name}."}})
+
+    monkeypatch.setattr(registry, "load", more)
+    for name in ("benefits", "placement"):
+        finished_run(tmp_path, [verdict(HELD)], experiment=name)
+    for text in both(tmp_path):
         assert text.count("Is it needed?") == 1
+        assert text.index("Says benefits.") < text.index("Says placement.")
+
+
+def test_a_claim_that_leans_on_another_is_told_in_full_where_it_stands_alone(tmp_path, monkeypatch):
+    claims = [Claim("And it is faster.", lambda r: r.v, standalone="Batch norm is faster.", **ABOVE)]
+    declared(monkeypatch, claims=claims, reader_questions={}, surprise="")
+    finished_run(tmp_path, [verdict(HELD, sentence="And it is faster.")])
+    front = texts_of(tmp_path) and (tmp_path / report.REPORT).read_text()
+    assert "Batch norm is faster." in front
+    assert "And it is faster." not in front
+    one = (tmp_path / "benefits" / report.REPORT).read_text()
+    assert "And it is faster." in one
+
+
+WORKS = {
+    "Ioffe and Szegedy 2015, section 2": "Ioffe 2015",
+    "van Laarhoven 2017; Hoffer et al. 2018": "Laarhoven 2017",
+    "after Zhang, Dauphin and Ma 2019, whose initialization is another": "Zhang 2019",
+    "Udacity, Deep Learning Foundations: Batch Normalization - Lesson": "Udacity",
+    "a control of ours; that it shrinks: De and Smith 2020": words.OURS,
+    "ours": words.OURS,
+}
+
+
+@pytest.mark.parametrize(("source", "work"), WORKS.items())
+def test_claims_are_filtered_by_the_work_in_which_they_stand(source, work):
+    assert words.work_of(source) == work
+
+
+def test_a_run_that_was_continued_elsewhere_names_both_machines(tmp_path):
+    directory = finished_run(tmp_path, [verdict(HELD)])
+    config = json.loads((directory / "config.json").read_text())
+    other = {**config["provenance"], "hardware": "another machine", "commit": "fedcba9876543210"}
+    (directory / "config.json").write_text(json.dumps({**config, "continued": [other, None]}))
+    for text in both(tmp_path):
+        assert "a machine; then another machine" in text
+        assert "0123456789ab; then fedcba987654" in text
+        assert "jax 0.10.2; then" not in text
+
+
+def test_every_dispute_and_question_of_the_list_is_one_of_an_experiment():
+    experiments = [registry.load(name) for name in registry.EXPERIMENTS]
+    asked = {question for one in experiments for question in one.reader_questions}
+    assert {question for questions in topics.QUESTIONS.values() for question in questions} <= asked
+    disputed = {claim.dispute for one in experiments for claim in one.claims if claim.dispute}
+    assert disputed == set(topics.DISPUTES)
+    assert all(topics.DISPUTES.values())
 
 
 def test_claims_of_one_dispute_stand_side_by_side(tmp_path, monkeypatch):
@@ -499,7 +583,8 @@ def test_a_verdict_on_the_terminal(effects, outcome):
     console = Console(file=io.StringIO(), width=200)
     show_verdicts(console, [judge(CLAIM, results(effects))])
     assert f"\n{outcome} Claim." in console.file.getvalue()
-    assert CLAIM.criterion in console.file.getvalue()
+    assert "  The effect = " in console.file.getvalue()
+    assert "Criterion: supported if the 95% interval of the mean over seeds is above 0.5." in console.file.getvalue()
 
 
 def test_progress_begins_anew_where_a_run_continues():

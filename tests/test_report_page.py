@@ -48,7 +48,12 @@ def _saying_more(load):
     def more(name):
         held = load(name)
         disputed = [claim_of(sentence) for sentence in ("Held.", "Far beyond.")]
-        said = {"claims": disputed, "answer": "It does. So it is.", "reader_questions": {"Is it needed?": "No. Never."}}
+        said = {
+            "claims": disputed,
+            "answer": {"cpu": "It does. So it is."},
+            "surprise": "Who would have thought it?",
+            "reader_questions": {"Is it needed?": "No. Never."},
+        }
         return Experiment(**{**{field: getattr(held, field) for field in held.__dataclass_fields__}, **said})
 
     return more
@@ -248,4 +253,13 @@ def test_the_committed_page_opens_and_is_small(opened):
     browser = opened(address=path.as_uri())
     assert browser.get_log("browser") == []
     assert all(browser.execute_script("return [...document.images].map((i) => i.naturalWidth > 0)"))
-    assert browser.execute_script("return document.querySelectorAll('.map > li').length") == len(shown(browser))
+    lines = browser.execute_script("return document.querySelectorAll('.map > li').length")
+    assert len(shown(browser)) == 12 < lines
+    more = browser.find_element("css selector", ".more")
+    assert more.text == f"Show all {lines}"
+    more.click()
+    assert len(shown(browser)) == lines
+    assert not more.is_displayed()
+    assert browser.execute_script("return document.activeElement.closest('li')") == browser.execute_script(
+        "return document.querySelectorAll('.map > li')[12]"
+    )

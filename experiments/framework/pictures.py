@@ -54,7 +54,7 @@ def curves(
       values: values(results) -> array with the axes x, hue, row, col and "seed", and a name.
       title: the question that the picture answers.
       labels: {name of the array or of an axis: what to write, with the unit}.
-      caption: what is to be seen beyond lines and bands; put under the picture.
+      caption: what is to be seen beyond lines and bands; stands under the picture, as text.
       file: name of the PNG.
       x: the axis along which lines go.
       hue: the axis whose values have colours.
@@ -170,7 +170,7 @@ def panels(
     Args:
       *draw: draw(ax, settings, results) fills one panel, with its labels and its title.
       title: the question that the picture answers.
-      caption: what is to be seen; put under the picture.
+      caption: what is to be seen; stands under the picture, as text.
       file: name of the PNG.
       size: of a panel in inches.
 
@@ -188,16 +188,11 @@ def panels(
 
 
 def finish(drawn: Figure, file: str, title: str, caption: str) -> Drawn:
-    """Put the question above a figure and the caption below it, each in lines that fit the width."""
-    width = drawn.get_size_inches()[0]
-    drawn.suptitle(_wrapped(title, int(width * 8)), fontsize=13, fontweight="bold", x=0.02, ha="left")
-    drawn.supxlabel(_wrapped(caption, int(width * 13)), fontsize=9, x=0.02, ha="left")
+    """Put the question above a figure, in lines that fit the width; the caption goes with it, as text."""
+    lines = textwrap.wrap(title, int(drawn.get_size_inches()[0] * 8))
+    drawn.suptitle("\n".join(lines), fontsize=13, fontweight="bold", x=0.02, ha="left")
     drawn.set_layout_engine("constrained")
     return Drawn(file, drawn, caption, title)
-
-
-def _wrapped(text, columns):
-    return "\n".join(textwrap.wrap(text, columns))
 
 
 def save(drawn: Drawn, directory: Path) -> None:
@@ -211,5 +206,7 @@ def write_png(drawn: Figure, path: Path, **options: Any) -> None:
     # No software version or date inside: the same rows give the same bytes.
     drawn.savefig(whole, format="png", dpi=110, metadata={"Software": None}, **options)
     plt.close(drawn)
-    few = Image.open(whole).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    # The 256 that leave no colour far away, moved to where pixels are: a median cut loses colours of thin lines.
+    choice = {"method": Image.Quantize.MAXCOVERAGE, "kmeans": 1, "dither": Image.Dither.NONE}
+    few = Image.open(whole).convert("RGB").quantize(256, **choice)
     few.save(path, "PNG", optimize=True)

@@ -13,6 +13,7 @@ from experiments.framework.verdict import (
     Verdict,
     cell_in_words,
     effect_in_words,
+    measured,
     outcome_in_words,
 )
 
@@ -27,11 +28,12 @@ def show_tables(console: Console, tables: Sequence[Table]) -> None:
 
 
 def show_verdicts(console: Console, verdicts: Sequence[Verdict]) -> None:
-    """Print the verdict of each claim, what was found, the criterion, and the effect in every cell."""
+    """Print the verdict of each claim, what was found and measured, the criterion, and the effect in every cell."""
     for found in verdicts:
         console.print()
         console.print(f"[{STYLES[found.outcome]}]{outcome_in_words(found).upper()}[/] {found.claim}", highlight=False)
-        for line in (found.found, effect_in_words(found), f"Criterion: {found.criterion}"):
+        rule = found.criterion.removeprefix(f"{measured(found)}; ")
+        for line in (found.found, effect_in_words(found), f"Criterion: {rule}"):
             if line:
                 console.print(f"  {line}", highlight=False, style="dim" if line.startswith("Criterion") else None)
         if len(found.cells) > 1:

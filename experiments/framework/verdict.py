@@ -17,6 +17,8 @@ INCONCLUSIVE = "inconclusive"
 
 CONFIDENCE = 0.95
 MOST_SEEDS = 10  # more would have to be planned for
+MOST_TOLD = 1000  # a larger number of seeds says no more than that the effect lies at the threshold
+BARE = ("of test accuracy", "relative")  # units that what is measured names already
 
 
 class Interval(NamedTuple):
@@ -207,19 +209,31 @@ def outcome_in_words(found: Verdict) -> str:
     """The outcome, in how many cells the claim holds, and what would decide it."""
     words = found.outcome
     if len(found.cells) > 1:
-        words += f", in {sum(cell.outcome == SUPPORTED for cell in found.cells)} of {len(found.cells)} cells"
+        held = sum(cell.outcome == SUPPORTED for cell in found.cells)
+        words += f", in {held} of {len(found.cells)} cells" if held or words != IN_PART else ": on average, in no cell"
+    if math.isnan(found.effect):
+        return f"{words}: it could not be measured"
     if found.needed:
-        words += f", would need about {found.needed} {'seeds' if found.count != 1 else 'seeds, not one'}"
+        count = f"about {found.needed}" if found.needed <= MOST_TOLD else f"more than {MOST_TOLD:,}"
+        words += f", would need {count} {'seeds' if found.count != 1 else 'seeds, not one'}"
     return words
 
 
+def measured(found: Verdict) -> str:
+    """What was measured, in words: the criterion without its rule."""
+    return found.criterion.rsplit("; supported if ", 1)[0]
+
+
 def effect_in_words(found: Verdict) -> str:
-    """The effect, its interval and the number of values behind it."""
+    """What was measured, the effect, its interval and the number of values behind it."""
+    if math.isnan(found.effect):
+        return f"{measured(found)}: could not be measured."
+    unit = "" if found.ratio or found.unit in BARE else f" {found.unit}"
     if found.kind == "exact":
-        return f"Largest {found.effect:.2g} {found.unit}; n = {found.count}."
+        return f"{measured(found)}: at most {found.effect:.2g}{unit} (n = {found.count})."
     known = math.isfinite(found.low) and math.isfinite(found.high)
     bounds = f"95% interval {found.low:.3g} to {found.high:.3g}" if known else "no interval"
-    return f"Effect {found.effect:.3g} {found.unit}, {bounds}, n = {found.count}."
+    return f"{measured(found)} = {found.effect:.3g}{unit} ({bounds}, n = {found.count})."
 
 
 def cell_in_words(cell: Cell) -> str:

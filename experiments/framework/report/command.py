@@ -4,7 +4,7 @@ from pathlib import Path
 
 from experiments.framework.files import write_text
 from experiments.framework.report.collect import Collection, collect
-from experiments.framework.report.markdown import report_of, with_found
+from experiments.framework.report.markdown import front_of, page_of_run, with_found
 from experiments.framework.report.page import page_of
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -38,6 +38,7 @@ def check(results: Path = RESULTS, readme: Path | None = README) -> list[str]:
 
 
 def files_of(collection: Collection, results: Path, readme: Path | None = None) -> dict[Path, str]:
-    """The files that a report consists of."""
-    files = {results / REPORT: report_of(collection), results / PAGE: page_of(collection)}
+    """What a report consists of: the first page, one for each run beside its pictures, and all on one page."""
+    files = {run.directory / REPORT: page_of_run(run) for run in collection.runs}
+    files |= {results / REPORT: front_of(collection), results / PAGE: page_of(collection)}
     return files if readme is None else {**files, readme: with_found(readme.read_text(encoding="utf-8"), collection)}

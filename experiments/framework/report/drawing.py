@@ -99,7 +99,10 @@ def _zone(verdict: Verdict, scale: Scale) -> list[str]:
     end = places[1] if verdict.kind == "equal" else WIDTH
     parts = [f'<rect class="zone" x="{places[0]}" y="6" width="{end - places[0]:.1f}" height="28"/>']
     parts += [f'<line class="limit" x1="{x}" x2="{x}" y1="3" y2="35"/>' for x in places]
-    parts += [_label(x, f"{limit:.3g}", "limit") for x, limit in zip(places, limits, strict=True)]
+    if len(limits) == 2 and places[1] - places[0] < 44:  # two labels would run into each other
+        parts.append(_label(sum(places) / 2, f"within {verdict.threshold:g}", "limit"))
+    else:
+        parts += [_label(x, f"{limit:.4g}", "limit") for x, limit in zip(places, limits, strict=True)]
     neutral = 1.0 if verdict.ratio else 0.0
     at = scale.x(neutral)
     if verdict.kind != "exact" and neutral not in limits:

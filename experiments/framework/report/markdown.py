@@ -1,6 +1,6 @@
 """The report as Markdown, for a code host, and the list of what was found in the top README."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from experiments.framework import registry
 from experiments.framework.report import words
@@ -19,9 +19,14 @@ from experiments.framework.verdict import (
 FOUND = "<!-- found: written by `python -m experiments report` -->", "<!-- /found -->"
 
 
-def report_of(collection: Collection) -> str:
-    """The whole report."""
-    return "\n\n".join([*_head(collection), *map(_section, collection.runs)]) + "\n"
+def front_of(collection: Collection) -> str:
+    """The first page: all claims, what surprised us, disputes and questions, with a link to the page of every run."""
+    return "\n\n".join(_head(collection)) + "\n"
+
+
+def page_of_run(run: Run) -> str:
+    """The page of one run, which lies beside its pictures."""
+    return "\n\n".join(_section(run)) + "\n"
 
 
 def with_found(text: str, collection: Collection) -> str:
@@ -39,7 +44,7 @@ def _held(run: Run) -> str:
     """A link to a run, and how many of its claims held."""
     counts = words.counts(run.verdicts)
     held = f"{counts[SUPPORTED] + counts[IN_PART]} of {len(run.verdicts)}"
-    return f"[{run.name}](experiments/results/README.md#{run.name}) {held}"
+    return f"[{run.name}](experiments/results/{run.name}/README.md) {held}"
 
 
 def _counted(runs: Sequence[Run]) -> str:
@@ -58,10 +63,10 @@ def _head(collection: Collection) -> list[str]:
         " same on one page with a map of all claims to filter and sort; download it and open it in a browser.",
         *_notes(collection),
         f"{_counted(runs)} {words.together_in_words(verdicts)} {words.INTERVALS}",
-        *_claims(runs),
         *_surprises(runs),
         *_disputes(runs),
         *_questions(runs),
+        *_claims(runs),
     ]
 
 
@@ -69,21 +74,25 @@ def _notes(collection: Collection) -> list[str]:
     return ["> [!WARNING]\n" + "\n".join(f"> - {line}" for line in collection.troubles)] if collection.troubles else []
 
 
+def _link(run: Run) -> str:
+    return f"[{run.name}]({run.name}/README.md)"
+
+
 def _claims(runs: Sequence[Run]) -> list[str]:
-    rows = [
-        [f"[{run.name}](#{run.name})", verdict.claim, f"**{words.SHORT[verdict.outcome]}**", effect_in_words(verdict)]
-        for run in runs
-        for verdict in run.verdicts
-    ]
-    return [_table(["experiment", "claim", "verdict", "effect"], rows)] if rows else []
+    parts = []
+    for run in runs:
+        rows = [
+            [words.claim_of(run, verdict), f"**{words.SHORT[verdict.outcome]}**", effect_in_words(verdict)]
+            for verdict in run.verdicts
+        ]
+        parts += [f"### {_link(run)}: {run.summary['question']}", words.answer_of(run)]
+        parts += [_table(["claim", "verdict", "effect"], rows)] if rows else []
+    terms = "\n".join(f"- {term}: {meaning}" for term, meaning in words.TERMS.items())
+    return ["## All claims", "What the words mean:", terms, *parts] if parts else []
 
 
 def _surprises(runs: Sequence[Run]) -> list[str]:
-    lines = []
-    for run, number in words.surprises(runs):
-        verdict = run.verdicts[number]
-        evidence = f"{words.surprise_in_words(verdict)} {verdict.found} {effect_in_words(verdict)}"
-        lines.append(f'- "{verdict.claim}" ([{run.name}](#{run.name})) {evidence}')
+    lines = [f"- {told} ({_link(run)})" for run, told in words.surprises(runs)]
     return ["## What surprised us", "\n".join(lines)] if lines else []
 
 
@@ -91,47 +100,61 @@ def _disputes(runs: Sequence[Run]) -> list[str]:
     parts = []
     for topic, sides in words.disputes(runs).items():
         rows = [_side(run, run.verdicts[number]) for run, number in sides]
-        parts += [f"**{topic}**", _table(["claim", "source", "verdict", "measured on"], rows)]
+        parts += [f"**{topic}** {words.conclusion_of(topic)}".strip()]
+        parts += [_table(["claim", "source", "verdict", "measured", "in"], rows)]
     return ["## Claims that contradict each other", *parts] if parts else []
 
 
 def _side(run: Run, verdict: Verdict) -> list[str]:
     return [
-        verdict.claim,
+        words.claim_of(run, verdict),
         words.source_of(run, verdict),
         words.SHORT[verdict.outcome],
-        words.measured_in_words(run, verdict),
+        effect_in_words(verdict),
+        _link(run),
     ]
 
 
 def _questions(runs: Sequence[Run]) -> list[str]:
-    parts = [f"**{asked}** {answer} ([{run.name}](#{run.name}))" for run, asked, answer in words.reader_questions(runs)]
+    parts = []
+    for topic, questions in words.reader_questions(runs).items():
+        parts.append(f"### {topic}")
+        for question, answers in questions.items():
+            parts += [f"**{question}** " + " ".join(f"{answer} ({_link(run)})" for run, answer in answers)]
     return ["## Questions that readers ask", *parts] if parts else []
 
 
-def _section(run: Run) -> str:
-    """The part about one run."""
+def _section(run: Run) -> list[str]:
+    """The parts of the page about one run."""
     summary, protocol = run.summary, words.protocol_in_words(run)
     validation = (summary.get("protocol") or {}).get("validation")
-    parts = [
-        f"## {run.name}",
+    return [
+        f"# {run.name}",
         f"**{summary['question']}** {words.answer_of(run)} Source: {run.experiment.citation or summary['source']}.",
+        "What the words mean, and all other experiments: [results](../README.md).",
         *(f"> **Stale**: {reason}" for reason in run.stale),
+        *(part for entry in summary["pictures"] for part in _picture(entry)),
+        "## Claims",
         _table(["claim", "verdict", "found"], [_verdict_row(verdict) for verdict in run.verdicts]),
-        *(f"![{entry['caption']}]({run.name}/{entry['file']})" for entry in summary["pictures"]),
+        "## Figures",
         *(to_markdown(_escaped(table)) for table in run.tables),
-        *([f"What differs from the source: {summary['differs']}"] if summary["differs"] else []),
-        "Criteria:\n\n" + "\n".join(f"- {verdict.claim} {verdict.criterion}" for verdict in run.verdicts),
-        *_cells(run.verdicts),
         *([to_markdown(_escaped(Table(**validation)))] if validation else []),
-        f"### Protocol of {run.name}",
+        "## Protocol",
         *registry.protocol(run.config["experiment"]),
+        *([f"What differs from the source: {summary['differs']}"] if summary["differs"] else []),
         *(["\n".join(f"- {name}: {said}" for name, said in protocol.items())] if protocol else []),
+        "Criteria:\n\n" + "\n".join(f"- {verdict.claim} {verdict.criterion}" for verdict in run.verdicts),
         _emphasized(words.fixed_in_words(run)),
-        f"`{words.command_of(run)}`\n\n"
-        + "\n".join(f"- {name}: {said}" for name, said in words.origin_of(run).items()),
+        *_cells(run.verdicts),
+        "## Run it again",
+        f"`{words.command_of(run)}`",
+        "\n".join(f"- {name}: {said}" for name, said in words.origin_of(run).items()),
     ]
-    return "\n\n".join(parts)
+
+
+def _picture(entry: Mapping[str, str]) -> list[str]:
+    """A picture and its caption."""
+    return [f"![{entry.get('title') or entry['caption']}]({entry['file']})", f"*{entry['caption']}*"]
 
 
 def _emphasized(sentence: str) -> str:

@@ -8,6 +8,9 @@
   const tiles = [...document.querySelectorAll(".tile")];
   const shown = document.querySelector(".shown");
   const empty = document.querySelector(".empty");
+  const more = document.querySelector(".more");
+  const first = 12; // lines that are shown until more are asked for
+  let every = false;
   const value = (name) => (form.elements[name] ? form.elements[name].value : "");
   const order = {
     place: (a, b) => a.dataset.place - b.dataset.place,
@@ -23,7 +26,10 @@
       line.hidden = !(!pressed.length || pressed.includes(line.dataset.verdict)) || !fits("source", line) || !fits("theme", line);
     }
     map.append(...[...lines].sort(order[value("sort")]));
+    [...map.children].filter((line) => !line.hidden).forEach((line, number) => line.classList.toggle("beyond", !every && number >= first));
     const left = lines.filter((line) => !line.hidden).length;
+    more.hidden = every || left <= first;
+    more.textContent = `Show all ${left}`;
     const all = `${lines.length} claim${lines.length === 1 ? "" : "s"}`;
     shown.textContent = left === lines.length ? all : `${left} of ${all}`;
     empty.hidden = left > 0;
@@ -36,7 +42,14 @@
       update();
     });
   }
+  more.addEventListener("click", () => {
+    every = true;
+    const next = map.querySelector(".beyond:not([hidden]) a");
+    update();
+    next.focus();
+  });
   form.hidden = false;
+  update();
   form.addEventListener("change", update);
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => {

@@ -48,9 +48,19 @@ class Line:
         return f"{self.run.name}-{self.number + 1}"
 
     @property
+    def claim(self) -> str:
+        """The sentence as it is understood alone."""
+        return words.claim_of(self.run, self.verdict)
+
+    @property
     def source(self) -> str:
         """Where it was claimed."""
         return words.source_of(self.run, self.verdict)
+
+    @property
+    def work(self) -> str:
+        """The work in which it was claimed, to filter and sort by."""
+        return words.work_of(self.source)
 
     @property
     def beyond(self) -> float:
@@ -84,14 +94,22 @@ def page_of(collection: Collection) -> str:
         counts=words.counts(verdicts),
         fixed=words.all_fixed_in_words(collection.runs),
         together=words.together_in_words(verdicts) if verdicts else "",
-        sources=sorted({line.source for line in lines}, key=str.casefold),
+        works=sorted({line.work for line in lines}, key=str.casefold),
         themes=words.themes_of(collection.runs),
+        by_theme={theme: [r for r in collection.runs if r.experiment.theme == theme] for theme in _themes(collection)},
         surprises=words.surprises(collection.runs),
+        failures=words.failures(collection.runs),
         disputes=words.disputes(collection.runs),
         questions=words.reader_questions(collection.runs),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
     )  # fmt: skip
+
+
+def _themes(collection: Collection) -> list[str]:
+    """The themes, and none for the experiments without, if there are such."""
+    without = any(not run.experiment.theme for run in collection.runs)
+    return [*words.themes_of(collection.runs), *([""] if without else [])]
 
 
 def lines_of(runs: Sequence[Run]) -> list[Line]:
@@ -138,9 +156,9 @@ def _environment() -> jinja2.Environment:
         *(drawing.drawn, drawing.legend_mark, words.threshold_in_words, embedded, size_of, validation_of),
         *(cell_in_words, effect_of, outcome_in_words, protocol_of),
         *(words.answer_of, words.command_of, words.fixed_in_words, words.interval_in_words, words.origin_of),
-        *(words.protocol_in_words, words.surprise_in_words, words.count, words.measured_in_words),
+        *(words.protocol_in_words, words.failure_in_words, words.count, words.conclusion_of),
     )
     environment.globals |= {function.__name__: function for function in shown}
     constants = {"CLASSES": drawing.CLASSES, "SHORT": words.SHORT, "MEANING": words.MEANING, "TITLE": words.TITLE}
-    environment.globals |= {**constants, "INTERVALS": words.INTERVALS, "OUTCOMES": words.OUTCOMES}
+    environment.globals |= {**constants, "INTERVALS": words.INTERVALS, "OUTCOMES": words.OUTCOMES, "TERMS": words.TERMS}
     return environment

@@ -1,7 +1,9 @@
 """What both reports say of a run, in words."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from experiments import topics
 from experiments.framework.experiment import THEMES
 from experiments.framework.report.collect import Run
 from experiments.framework.report.holm import survivors
@@ -14,8 +16,20 @@ MEANING = {
     SUPPORTED: "The 95% interval lies where the claim says, and so does that of every cell.",
     IN_PART: "The mean over all cells is as claimed; some cells are not, or are not certain.",
     NOT_SUPPORTED: "The 95% interval lies wholly where the claim says it does not.",
-    INCONCLUSIVE: "The 95% interval reaches across the threshold, or there is none: more seeds would decide.",
+    INCONCLUSIVE: "The 95% interval reaches across the threshold, or there is none: more seeds might decide.",
 }
+TERMS = {
+    "claim": "A sentence from a paper, a book or a course, or a control of ours, with what would count as support.",
+    "effect, threshold": "What was measured to judge the claim, and the value that it had to exceed.",
+    "95% interval, n": "Where the mean of the effect lies, judged from n repetitions: seeds, in timings rounds.",
+    "cell": "One combination of settings under which a claim was tested, such as ReLU at rate 1.",
+    "arm": "One of the kinds of network that are compared, such as plain (without any norm) and batch norm.",
+    "mnist5k": "5,000 real digits of MNIST that come with a Python package: 3,500 to train, 500 to choose rates"
+    " (validation), 1,000 to test.",
+    "as remembered": "A figure or sentence of a source that could not be opened when the claim was written.",
+}
+OURS = "ours, a formula or a common belief"
+OTHERS = "Further questions"
 INTERVALS = (
     "Intervals are 95% intervals of the mean over seeds (Student's t). They leave out the uncertainty of choosing rates"
     " and other settings: another search could have chosen other ones."
@@ -43,8 +57,8 @@ def together_in_words(verdicts: Sequence[Verdict]) -> str:
     )
     rest = len(verdicts) - tested
     words = "With many claims some hold by chance:"
-    words += f" {survive.count(True)} of the {held} that held in a statistical test, at least in part, still hold"
-    words += f" after Holm's correction over all {tested} that were tested."
+    words += f" {survive.count(True)} of the {held} that held in a statistical test, at least in part, still hold by"
+    words += f" Holm's correction, which asks more of each where many are tested, here {tested}."
     return words + (f" The other {rest} are exact, or have no interval." if rest else "")
 
 
@@ -57,6 +71,20 @@ def themes_of(runs: Sequence[Run]) -> list[str]:
 def source_of(run: Run, verdict: Verdict) -> str:
     """Where a claim was made."""
     return verdict.source or run.summary["source"]
+
+
+def work_of(source: str) -> str:
+    """The first work that a source names, as "Ioffe 2015"; its title where it has no year; OURS where there is none."""
+    if source[:1].islower() and not source.startswith(("van ", "after ")):
+        return OURS
+    named = re.match(r"(?:van |after )?([A-Z][\w'-]*)[^;]*?\b((?:19|20)\d\d)\b", source)
+    return " ".join(named.groups()) if named else re.split("[,:]", source)[0]
+
+
+def claim_of(run: Run, verdict: Verdict) -> str:
+    """The sentence of a claim as it is understood alone."""
+    alone = {claim.sentence: claim.standalone for claim in run.experiment.claims}
+    return alone.get(verdict.claim) or verdict.claim
 
 
 def answer_of(run: Run) -> str:
@@ -89,18 +117,31 @@ def command_of(run: Run) -> str:
 
 def origin_of(run: Run) -> dict[str, str]:
     """Where a result comes from: {what: words}, such as commit, hardware, versions and run time."""
-    origin, settings = run.config["provenance"], run.config["settings"]
-    versions = {name: version for name, version in origin["versions"].items() if name != "jaxbn"}
+    settings = run.config["settings"]
+    sessions = [run.config["provenance"], *filter(None, run.config.get("continued", []))]
     facts = {
-        "Made at commit": origin["commit"][:12] + ("+changes" if origin["commit"].endswith("+changes") else ""),
-        "On": origin["hardware"],
+        "Made at commit": _in_turn(_commit(one) for one in sessions),
+        "On": _in_turn(one["hardware"] for one in sessions),
         "Run time": _run_time(run.config),
-        "Started": origin.get("started", ""),
-        "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "Started": _in_turn(one.get("started", "") for one in sessions),
+        "Versions": _in_turn(_versions(one) for one in sessions),
         "Seeds": f"{settings['seeds']}, from {settings.get('first_seed', 0)}",
         "Data": _data(run.config),
     }
     return {name: words for name, words in facts.items() if words}
+
+
+def _in_turn(words: Iterable[str]) -> str:
+    """What was so in each session of a run, each once; a run that was continued elsewhere has several."""
+    return "; then ".join(dict.fromkeys(filter(None, words)))
+
+
+def _commit(origin: Mapping) -> str:
+    return origin["commit"][:12] + ("+changes" if origin["commit"].endswith("+changes") else "")
+
+
+def _versions(origin: Mapping) -> str:
+    return ", ".join(f"{name} {version}" for name, version in origin["versions"].items() if name != "jaxbn")
 
 
 def _data(config: Mapping) -> str:
@@ -186,7 +227,14 @@ def threshold_in_words(verdict: Verdict) -> str:
     return f"claimed: {rules.get(verdict.kind, f'within {limit} of {neutral}')}"
 
 
-def surprises(runs: Sequence[Run]) -> list[tuple[Run, int]]:
+def surprises(runs: Sequence[Run]) -> list[tuple[Run, str]]:
+    """What nobody would have expected: a run and its words, once for an experiment that has several runs."""
+    first = {run.config["experiment"]: run for run in reversed(runs)}
+    told = [run for run in runs if run.experiment.surprise and run is first[run.config["experiment"]]]
+    return [(run, run.experiment.surprise) for run in told]
+
+
+def failures(runs: Sequence[Run]) -> list[tuple[Run, int]]:
     """The claims that failed or held in part: their run and their number in it."""
     return [
         (run, number)
@@ -196,7 +244,7 @@ def surprises(runs: Sequence[Run]) -> list[tuple[Run, int]]:
     ]
 
 
-def surprise_in_words(verdict: Verdict) -> str:
+def failure_in_words(verdict: Verdict) -> str:
     """What did not hold, plainly."""
     claimed = threshold_in_words(verdict)
     if verdict.outcome == NOT_SUPPORTED:
@@ -218,10 +266,21 @@ def disputes(runs: Sequence[Run]) -> dict[str, list[tuple[Run, int]]]:
     return {topic: sides for topic, sides in found.items() if len(sides) > 1}
 
 
-def reader_questions(runs: Sequence[Run]) -> list[tuple[Run, str, str]]:
-    """What readers ask, answered: (run, question, answer); each question once for an experiment."""
-    asked: dict[tuple[str, str], tuple[Run, str, str]] = {}
+def conclusion_of(topic: str) -> str:
+    """What the claims on both sides of a dispute say together."""
+    return topics.DISPUTES.get(topic, "")
+
+
+def reader_questions(runs: Sequence[Run]) -> dict[str, dict[str, list[tuple[Run, str]]]]:
+    """What readers ask: {topic: {question: [(run, its answer), ...]}}, in the order of `topics.QUESTIONS`.
+
+    An experiment answers a question once, though it may have several runs.
+    """
+    answers: dict[str, dict[str, tuple[Run, str]]] = {}
     for run in runs:
         for question, answer in run.experiment.reader_questions.items():
-            asked.setdefault((run.config["experiment"], question), (run, question, answer))
-    return list(asked.values())
+            answers.setdefault(question, {}).setdefault(run.config["experiment"], (run, answer))
+    listed = {question for questions in topics.QUESTIONS.values() for question in questions}
+    order = {**topics.QUESTIONS, OTHERS: [question for question in answers if question not in listed]}
+    found = {topic: {q: list(answers[q].values()) for q in asked if q in answers} for topic, asked in order.items()}
+    return {topic: questions for topic, questions in found.items() if questions}
