@@ -277,7 +277,7 @@ def label_sizes(ax: Axes) -> None:
     ax.set(xscale="log", xlabel="examples of which statistics are taken")
     ax.set_xticks(list(SIZES.values()), map(str, SIZES.values()))
     ax.minorticks_off()
-    ax.legend(frameon=False)
+    ax.legend(frameon=False, loc="lower right")
 
 
 def draw_arms(ax: Axes, settings: Sizes, r: xr.Dataset) -> None:

@@ -80,6 +80,10 @@ DISPUTES = {
         "Not in our small network: with batch norm the dropout that was best on validation changed the accuracy by"
         " -0.2% (-0.6% to 0.2%), and a dropout of 0.5 cost 1.2%."
     ),
+    ORDER: (
+        "Lower layers were nearer to their final outputs all along, and yet it cost more to freeze them early than to"
+        " freeze the upper ones. Batch norm made their lead smaller, not larger."
+    ),
     CORRELATIONS: (
         "Not beyond what batch norm does: in a small MLP whitening took 1.7 times as many steps, and 3.6 times as"
         " many seconds."

@@ -102,8 +102,8 @@ def test_a_directory_of_other_settings_is_refused_and_left_alone(smoke, capsys):
 def test_the_report_shows_a_run(smoke):
     results = smoke("chain").parent
     assert report.write_report(results, None) == []
-    text = (results / report.REPORT).read_text()
-    assert "## chain" in text
+    assert "[chain](chain/README.md)" in (results / report.REPORT).read_text()
+    text = (results / "chain" / report.REPORT).read_text()
     assert "**The deepest plain chain: one step against its expansion**" in text
 
 
