@@ -4,8 +4,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import xarray as xr
-from matplotlib.colors import same_color
+from matplotlib.colors import same_color, to_rgb
 from matplotlib.text import Text
+from PIL import Image
 
 from experiments.framework import pictures
 from experiments.framework.experiment import Settings
@@ -35,6 +36,19 @@ def drawn(found, *, seeds=2, data=None, **options):
 
 def dotted_lines(ax):
     return [line for line in ax.get_lines() if line.get_linestyle() == ":"]
+
+
+SHADES = ("#e69f00", "#c1440e", "#0b5fa5", "#4dac5e", "#9970ab", "#cc79a7", "#56b4e9", "#999999")
+
+
+def pixels_of(path):
+    """A picture's colours: uint8 [height, width, 3]."""
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def distance(shade, color):
+    """How far a colour of 0 to 255 is from one of 0 to 1: the sum over red, green and blue."""
+    return np.abs(np.array(shade) - 255 * np.array(color)).sum()
 
 
 def panels_of(figure):
@@ -166,4 +180,19 @@ def test_the_same_results_give_the_same_bytes(tmp_path):
         pictures.save(drawn(results()), tmp_path / name)
     first, second = ((tmp_path / name / "curves.png").read_bytes() for name in ("first", "second"))
     assert first == second
-    assert len(first) > 5_000  # and it is no empty picture
+    shades = {tuple(shade) for shade in pixels_of(tmp_path / "first" / "curves.png").reshape(-1, 3).tolist()}
+    for arm in ARMS:  # and it is no empty picture
+        assert min(distance(shade, to_rgb(pictures.COLORS[arm])) for shade in shades) < 20
+
+
+def test_no_colour_is_lost_where_there_are_few(tmp_path):
+    figure, ax = plt.subplots(figsize=(12, 5))
+    values = np.random.default_rng(0).normal(size=(8, 50)).cumsum(1)
+    for number, (line, shade) in enumerate(zip(values, SHADES, strict=True)):
+        ax.plot(line, color=shade, linewidth=0.8)
+        ax.fill_between(range(50), -number, 0.3 - number, color=shade, alpha=0.15)
+    ax.inset_axes([0.6, 0.6, 0.3, 0.3]).imshow(values)
+    figure.savefig(tmp_path / "all.png", dpi=110)
+    pictures.write_png(figure, tmp_path / "few.png")
+    every, few = (pixels_of(tmp_path / name).astype(int) for name in ("all.png", "few.png"))
+    assert np.abs(every - few).sum(-1).max() < 60  # of 765; a median cut is off by more than 90
