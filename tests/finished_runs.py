@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -75,3 +76,29 @@ def finished_run(
         directory, ABOUT, verdicts, [TABLE], [Drawn("a.png", figure, "A picture.", "What is it?")], protocol
     )
     return directory
+
+
+HELD, FAILED, OPEN = [1.0, 1.1, 1.05], [0.0, 0.1, 0.05], [0.4, 0.7, 0.5]
+IN_PART_CELLS = [[3.0, 3.1, 3.05], [0.0, 0.1, 0.05]]
+CELLS = ("rate", "seed")
+# One of every kind and outcome, with and without cells, of one seed, of nothing measured, and at the limits of floats.
+EVERY = {
+    "above, held": verdict(HELD),
+    "above, failed": verdict(FAILED),
+    "above, open": verdict(OPEN),
+    "above, in part": verdict(IN_PART_CELLS, CELLS),
+    "above no effect": verdict(HELD, above=0.0),
+    "below": verdict(HELD, below=2.0),
+    "below, a ratio": verdict(HELD, below=2.0, ratio=True),
+    "above, a ratio": verdict([2.0, 2.1, 2.2], above=1.0, ratio=True),
+    "equal": verdict([0.0, 0.1, 0.05], equal=0.5),
+    "equal, a ratio": verdict([1.0, 1.1, 1.05], equal=0.5, ratio=True),
+    "exact": verdict([[1e-15, 2e-15], [0.0, 1e-16]], CELLS, exact=1e-12),
+    "exact zero": verdict([0.0, 0.0], exact=1e-12),
+    "exact, threshold zero": verdict([0.0, 0.0], exact=0.0),
+    "one seed": verdict([1.0]),
+    "not measured": verdict([math.nan, math.nan]),
+    "all alike": verdict([1.0, 1.0, 1.0]),
+    "infinite": verdict([math.inf, 1.0]),
+    "huge": verdict([1e150, 2e150]),
+}

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from finished_runs import PROTOCOL, finished_run, verdict
+from finished_runs import FAILED, HELD, IN_PART_CELLS, OPEN, PROTOCOL, finished_run, verdict
 
 from experiments.framework import registry, report
 from experiments.framework.claim import Claim
@@ -18,8 +18,6 @@ CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=f"needs a browser: {INSTALL}")
 
 WIDTHS = (360, 800, 1280)
-HELD, FAILED, OPEN = [1.0, 1.1, 1.05], [0.0, 0.1, 0.05], [0.4, 0.7, 0.5]
-IN_PART = [[3.0, 3.1, 3.05], [0.0, 0.1, 0.05]]
 LONG = "A claim whose sentence is long enough to be broken into several lines wherever the page is narrow."
 
 
@@ -31,7 +29,7 @@ def page(tmp_path_factory):
         verdict(HELD, sentence="Held."),
         verdict(FAILED, sentence="Failed.", source="A book"),
         verdict(OPEN, sentence="Open."),
-        verdict(IN_PART, ("rate", "seed"), sentence=LONG),
+        verdict(IN_PART_CELLS, ("rate", "seed"), sentence=LONG),
     ]
     finished_run(directory, claims, protocol=PROTOCOL)
     finished_run(directory, [verdict([3.0, 3.1, 3.2], sentence="Far beyond.")], experiment="placement", sha256="0" * 64)
