@@ -36,6 +36,7 @@ EXPERIMENTS = (
     "depth",
     "batch_size",
     "noise",
+    "uncertainty",
     "rivals",
     "recurrent",
     "dcgan",

@@ -1,6 +1,6 @@
 """An MLP whose norm may be noisy: how it is built and trained, and what is measured of it afterwards."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax import Array
 
 import jaxbn
 from experiments.training import data, loop, models, uncertainty
-from experiments.training.noisy_statistics import NOISY, at_sample
+from experiments.training.noisy_statistics import NOISY, at_sample, start
 
 SEEN = 1000  # images of either kind, known and unknown, on which probabilities are judged
 
@@ -27,6 +27,30 @@ def decay_of_scales(strength: Array) -> optax.GradientTransformation:
         return gradient + 2 * strength * param if path[-1] == jax.tree_util.DictKey("scale") else gradient
 
     return optax.stateless(partial(jax.tree_util.tree_map_with_path, update))
+
+
+@cache
+def task(width: int) -> loop.Task:
+    """The network of a run's `noisy_statistics.kind` under SGD at its "rate", with its "decay" of the scales.
+
+    Metrics: "training_loss", of SEEN training images, and "test_loss", both in evaluation mode.
+    """
+    network = build(width, NOISY)
+
+    def metrics(run: dict, state: dict, arrays: dict) -> dict[str, Array]:
+        index = data.spread(SEEN, len(arrays["train_labels"]))
+        parts = {"training": loop.take(arrays, index)}
+        parts["test"] = data.pixels(arrays["test_images"]), arrays["test_labels"]
+        found = {}
+        for name, (images, labels) in parts.items():
+            logits, _ = network.apply(state["variables"], images, train=False)
+            found[f"{name}_loss"] = loop.softmax_loss(logits, labels)
+        return found
+
+    def optimizer(run: dict) -> optax.GradientTransformation:
+        return optax.chain(decay_of_scales(run["decay"]), optax.sgd(run["rate"], momentum=0.9))
+
+    return loop.Task(partial(start, network), network.apply, optimizer, metrics=metrics)
 
 
 @partial(jax.jit, static_argnums=0)
