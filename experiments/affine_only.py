@@ -10,8 +10,8 @@ where |scale| < 0.01; those scales are then set to 0, to see whether the network
 62,400 steps with weight decay 1e-4, which would hardly be felt in a short run: decay is stronger by as much as the run
 is shorter. One more arm trains scales and biases without it, to tell what is learned from what decays.
 
-`python -m experiments run affine_only` takes about six minutes on two cores (600 steps, 6 seeds, 5,000 digits). By a
-pilot that is enough for all claims but the three that compare arms, which would need 11 to 21.
+`python -m experiments run affine_only` took eleven minutes on two cores with other work beside it (600 steps, 6 seeds,
+5,000 digits). By a pilot that is enough for all claims but the three that compare arms, which would need 11 to 21.
 """
 
 from collections.abc import Mapping, Sequence

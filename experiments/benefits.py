@@ -5,7 +5,7 @@ sigmoid} x standard deviation of the normal initial weights {0.05, 5} x {plain, 
 are dense without bias -> batch norm (decay 0.99, epsilon 0.001) -> activation, the others dense with bias ->
 activation; the output layer is plain. Both arms of a seed start from the same weights and see the same batches.
 
-`python -m experiments run benefits` takes about five minutes on two cores (3,000 steps, 5 seeds, 5,000 digits). With
+`python -m experiments run benefits` takes two to three minutes on two cores (3,000 steps, 5 seeds, 5,000 digits). With
 `--preset full` it is the lesson's own setting, all of MNIST and 50,000 steps, and takes about half an hour for 3 seeds.
 """
 

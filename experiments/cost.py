@@ -261,8 +261,7 @@ EXPERIMENT = Experiment(
     reader_questions={
         "Why does training get shorter although a step is longer?": (
             "Because it takes fewer steps: with each at its best rate the MLP came to 90% of the test digits in 136"
-            " steps in place of 318, at steps 1.20 times as long, and so in half the seconds. LeNet's step asked for"
-            " no more memory than without batch norm."
+            " steps in place of 318. A step was 1.20 times as long, so that it took half the seconds."
         ),
         "Should a batch fill the memory?": (
             "Not on a CPU: LeNet took most examples per second at batches of 128. At 2,048 it took fewer, and a"
@@ -274,9 +273,7 @@ EXPERIMENT = Experiment(
     " tell.",
     differs="The lesson feeds every batch from Python to TensorFlow 1 and shows the steps per second of one run; here"
     " a step is one compiled program whose batch lies on the device, and every arm trains at its own best rate, on"
-    " fewer digits (the preset full has all of MNIST and the lesson's 50,000 steps). The claim that the statistics"
-    " are what costs is judged by scale and shift alone: of the 11% that a step takes longer on average, scale and"
-    " shift make 7 and the statistics 4.",
+    " fewer digits (the preset full has all of MNIST and the lesson's 50,000 steps).",
     settings={
         "smoke": Sizes(seeds=2, data="mnist5k", steps=4, interval=2, rounds=2, networks=("MLP",), batches=(2, 4)),
         "cpu": Sizes(seeds=10, first_seed=100, data="mnist5k", steps=800, interval=20),

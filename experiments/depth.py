@@ -16,7 +16,7 @@ block, on 128 training digits of all classes, at 20, 56 and 110 layers. Trained:
 has its own best rate at each depth, by the same search on validation; the result is of five fresh seeds on test. Five
 seeds were set beforehand, without a pilot.
 
-`python -m experiments run depth` takes about ten minutes on two cores.
+`python -m experiments run depth` took thirteen minutes on two cores with other work beside it.
 """
 
 from collections.abc import Iterator, Sequence

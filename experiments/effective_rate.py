@@ -13,8 +13,8 @@ test images, normalized by their own statistics: |f - f'| / (|f| + |f'|), 0 wher
 Networks to which the argument does not apply are the controls: one without batch norm, and one in which scale, bias and
 last layer are trained and decay too. Nothing is chosen, so nothing is searched for.
 
-`python -m experiments run effective_rate` takes about five minutes on two cores (2,000 steps, 10 seeds, 5,000 digits).
-By a pilot the claims need 7 seeds, that about steps in float32 12.
+`python -m experiments run effective_rate` took nine minutes on two cores with other work beside it (2,000 steps, 10
+seeds, 5,000 digits). By a pilot the claims need 7 seeds, that about steps in float32 12.
 """
 
 from collections.abc import Iterator

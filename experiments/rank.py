@@ -10,7 +10,8 @@ broken batch norm; and batch norm whose statistics are those of 512 digits at th
 normalization that starts as the normalized one. The rank at the start is that of the last hidden layer on 128 digits,
 counted in float32 as the source's code does.
 
-`python -m experiments run rank` takes about four minutes on two cores; `full` is the source's size.
+`python -m experiments run rank` took twelve minutes on two cores with other work beside it; `full` is the source's
+size.
 """
 
 from collections.abc import Iterator

@@ -11,8 +11,9 @@ the seconds that learning takes are steps times seconds per step (the median ove
 Controls: whitening in groups of one unit must be batch norm exactly; groups of growing size lie between batch norm and
 whitening of all units; and the correlation between units is measured where the next layer sees them, after the ReLU.
 
-`python -m experiments run whitening` takes about four minutes on two cores: 64 units a layer and 3,500 digits in place
-of 128 units and 100 epochs of faces. By a pilot of three other seeds the claims need 3 to 8 seeds: eight.
+`python -m experiments run whitening` took eleven minutes on two cores with other work beside it: 64 units a layer and
+3,500 digits in place of 128 units and 100 epochs of faces. By a pilot of three other seeds the claims need 3 to 8
+seeds: eight.
 """
 
 from collections.abc import Callable, Iterator

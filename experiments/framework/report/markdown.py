@@ -21,12 +21,47 @@ FOUND = "<!-- found: written by `python -m experiments report` -->", "<!-- /foun
 
 def front_of(collection: Collection) -> str:
     """The first page: all claims, what surprised us, disputes and questions, with a link to the page of every run."""
-    return "\n\n".join(_head(collection)) + "\n"
+    runs = collection.runs
+    verdicts = [verdict for run in runs for verdict in run.verdicts]
+    return _joined(
+        f"# {words.TITLE}",
+        "Built by `python -m experiments report` from the directories beside it. [report.html](report.html) says the"
+        " same on one page with a map of all claims to filter and sort; download it and open it in a browser.",
+        *_notes(collection),
+        f"{_counted(runs)} {words.together_in_words(verdicts)} {words.INTERVALS}",
+        *_surprises(runs),
+        *_disputes(runs),
+        *_questions(runs),
+        *_claims(runs),
+    )
 
 
 def page_of_run(run: Run) -> str:
     """The page of one run, which lies beside its pictures."""
-    return "\n\n".join(_section(run)) + "\n"
+    summary, protocol = run.summary, words.protocol_in_words(run)
+    validation = (summary.get("protocol") or {}).get("validation")
+    return _joined(
+        f"# {run.name}",
+        f"**{summary['question']}** {words.answer_of(run)} Source: {run.experiment.citation or summary['source']}.",
+        "What the words mean, and all other experiments: [results](../README.md).",
+        *(f"> **Stale**: {reason}" for reason in run.stale),
+        *(part for entry in summary["pictures"] for part in _picture(entry)),
+        "## Claims",
+        _table(["claim", "verdict", "found"], [_verdict_row(verdict) for verdict in run.verdicts]),
+        "## Figures",
+        *(to_markdown(_escaped(table)) for table in run.tables),
+        *([to_markdown(_escaped(Table(**validation)))] if validation else []),
+        "## Protocol",
+        *registry.protocol(run.config["experiment"]),
+        *([f"What differs from the source: {summary['differs']}"] if summary["differs"] else []),
+        *([_facts(protocol)] if protocol else []),
+        "Criteria:\n\n" + "\n".join(f"- {verdict.claim} {verdict.criterion}" for verdict in run.verdicts),
+        _emphasized(words.fixed_in_words(run)),
+        *_cells(run.verdicts),
+        "## Run it again",
+        f"`{words.command_of(run)}`",
+        _facts(words.origin_of(run)),
+    )
 
 
 def with_found(text: str, collection: Collection) -> str:
@@ -34,9 +69,8 @@ def with_found(text: str, collection: Collection) -> str:
     begin, end = FOUND
     first, last = text.index(begin) + len(begin), text.index(end)
     lines = [f"{_counted(collection.runs)} Beside each experiment, how many of its claims held, at least in part:", ""]
-    for theme in [*words.themes_of(collection.runs), ""]:
-        runs = [run for run in collection.runs if run.experiment.theme == theme]
-        lines += [f"- {theme or 'Others'}: {', '.join(map(_held, runs))}"] if runs else []
+    for theme, runs in words.by_theme(collection.runs).items():
+        lines.append(f"- {theme or 'Others'}: {', '.join(map(_held, runs))}")
     return "\n".join([text[:first], *lines, text[last:]])
 
 
@@ -54,20 +88,13 @@ def _counted(runs: Sequence[Run]) -> str:
     return f"**Of {words.count(len(verdicts), 'claim')}: {found}.**"
 
 
-def _head(collection: Collection) -> list[str]:
-    runs = collection.runs
-    verdicts = [verdict for run in runs for verdict in run.verdicts]
-    return [
-        f"# {words.TITLE}",
-        "Built by `python -m experiments report` from the directories beside it. [report.html](report.html) says the"
-        " same on one page with a map of all claims to filter and sort; download it and open it in a browser.",
-        *_notes(collection),
-        f"{_counted(runs)} {words.together_in_words(verdicts)} {words.INTERVALS}",
-        *_surprises(runs),
-        *_disputes(runs),
-        *_questions(runs),
-        *_claims(runs),
-    ]
+def _joined(*parts: str) -> str:
+    """Parts of a page, each a block of its own."""
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"- {name}: {said}" for name, said in facts.items())
 
 
 def _notes(collection: Collection) -> list[str]:
@@ -87,8 +114,7 @@ def _claims(runs: Sequence[Run]) -> list[str]:
         ]
         parts += [f"### {_link(run)}: {run.summary['question']}", words.answer_of(run)]
         parts += [_table(["claim", "verdict", "effect"], rows)] if rows else []
-    terms = "\n".join(f"- {term}: {meaning}" for term, meaning in words.TERMS.items())
-    return ["## All claims", "What the words mean:", terms, *parts] if parts else []
+    return ["## All claims", "What the words mean:", _facts(words.TERMS), *parts] if parts else []
 
 
 def _surprises(runs: Sequence[Run]) -> list[str]:
@@ -122,34 +148,6 @@ def _questions(runs: Sequence[Run]) -> list[str]:
         for question, answers in questions.items():
             parts += [f"**{question}** " + " ".join(f"{answer} ({_link(run)})" for run, answer in answers)]
     return ["## Questions that readers ask", *parts] if parts else []
-
-
-def _section(run: Run) -> list[str]:
-    """The parts of the page about one run."""
-    summary, protocol = run.summary, words.protocol_in_words(run)
-    validation = (summary.get("protocol") or {}).get("validation")
-    return [
-        f"# {run.name}",
-        f"**{summary['question']}** {words.answer_of(run)} Source: {run.experiment.citation or summary['source']}.",
-        "What the words mean, and all other experiments: [results](../README.md).",
-        *(f"> **Stale**: {reason}" for reason in run.stale),
-        *(part for entry in summary["pictures"] for part in _picture(entry)),
-        "## Claims",
-        _table(["claim", "verdict", "found"], [_verdict_row(verdict) for verdict in run.verdicts]),
-        "## Figures",
-        *(to_markdown(_escaped(table)) for table in run.tables),
-        *([to_markdown(_escaped(Table(**validation)))] if validation else []),
-        "## Protocol",
-        *registry.protocol(run.config["experiment"]),
-        *([f"What differs from the source: {summary['differs']}"] if summary["differs"] else []),
-        *(["\n".join(f"- {name}: {said}" for name, said in protocol.items())] if protocol else []),
-        "Criteria:\n\n" + "\n".join(f"- {verdict.claim} {verdict.criterion}" for verdict in run.verdicts),
-        _emphasized(words.fixed_in_words(run)),
-        *_cells(run.verdicts),
-        "## Run it again",
-        f"`{words.command_of(run)}`",
-        "\n".join(f"- {name}: {said}" for name, said in words.origin_of(run).items()),
-    ]
 
 
 def _picture(entry: Mapping[str, str]) -> list[str]:

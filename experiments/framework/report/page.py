@@ -96,7 +96,7 @@ def page_of(collection: Collection) -> str:
         together=words.together_in_words(verdicts) if verdicts else "",
         works=sorted({line.work for line in lines}, key=str.casefold),
         themes=words.themes_of(collection.runs),
-        by_theme={theme: [r for r in collection.runs if r.experiment.theme == theme] for theme in _themes(collection)},
+        by_theme=words.by_theme(collection.runs),
         surprises=words.surprises(collection.runs),
         failures=words.failures(collection.runs),
         disputes=words.disputes(collection.runs),
@@ -104,12 +104,6 @@ def page_of(collection: Collection) -> str:
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((HERE / "page.js").read_text(encoding="utf-8")),
     )  # fmt: skip
-
-
-def _themes(collection: Collection) -> list[str]:
-    """The themes, and none for the experiments without, if there are such."""
-    without = any(not run.experiment.theme for run in collection.runs)
-    return [*words.themes_of(collection.runs), *([""] if without else [])]
 
 
 def lines_of(runs: Sequence[Run]) -> list[Line]:

@@ -20,8 +20,9 @@ MEANING = {
 }
 TERMS = {
     "claim": "A sentence from a paper, a book or a course, or a control of ours, with what would count as support.",
-    "effect, threshold": "What was measured to judge the claim, and the value that it had to exceed.",
-    "95% interval, n": "Where the mean of the effect lies, judged from n repetitions: seeds, in timings rounds.",
+    "effect, threshold": "What was measured to judge the claim, and the value on one side of which the claim holds.",
+    "95% interval, n": "The range in which the mean of the effect lies with 95% confidence, and from how many"
+    " repetitions that is concluded: seeds, or rounds where times are measured.",
     "cell": "One combination of settings under which a claim was tested, such as ReLU at rate 1.",
     "arm": "One of the kinds of network that are compared, such as plain (without any norm) and batch norm.",
     "mnist5k": "5,000 real digits of MNIST that come with a Python package: 3,500 to train, 500 to choose rates"
@@ -66,6 +67,13 @@ def themes_of(runs: Sequence[Run]) -> list[str]:
     """The themes of the runs: those of `THEMES` in its order, then others."""
     declared = list(dict.fromkeys(run.experiment.theme for run in runs if run.experiment.theme))
     return sorted(declared, key=lambda theme: THEMES.index(theme) if theme in THEMES else len(THEMES))
+
+
+def by_theme(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """The runs of each theme, those without a theme last."""
+    themes = [*themes_of(runs), ""]
+    found = {theme: [run for run in runs if run.experiment.theme == theme] for theme in themes}
+    return {theme: some for theme, some in found.items() if some}
 
 
 def source_of(run: Run, verdict: Verdict) -> str:
