@@ -36,6 +36,7 @@ QUESTIONS = {
         "My inputs have changed: should I update the running statistics?",
         "Should batch norm be frozen for fine-tuning?",
         "Do averaged weights (EMA, SWA) need new statistics?",
+        "Do random batch statistics tell what a network does not know?",
     ),
     "Why it works": (
         "Why does training get shorter although a step is longer?",

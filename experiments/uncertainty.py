@@ -3,8 +3,9 @@
 Protocol (Teye, Azizpour and Smith 2018): the network of `noise`, an MLP of two hidden layers of 128 units on digits of
 14 x 14 pixels, SGD with momentum 0.9, 390 steps of 256 examples; batch norm takes statistics of groups of 16 examples.
 Its probabilities for a digit are averaged over 500 samples, each by the statistics of 16 training digits. Beside them,
-of the same trained network: its running statistics, and these with one temperature, chosen on validation, that divides
-all logits. The rival: a network without norm that trains with dropout 0.5, and keeps it at test time for its samples.
+of the same trained network: evaluation mode, that is by running statistics, and this with one temperature, chosen on
+validation, that divides all logits. The rival: a network without norm that trains with dropout 0.5, and keeps it at
+test time for its samples.
 
 Judged on 1,000 test digits: mean log likelihood; expected calibration error in 15 bins (Guo et al. 2017); and how well
 entropy tells 1,000 pieces of clothing from digits (the area under the ROC curve). Both networks have the rate that was
@@ -12,8 +13,8 @@ best on validation, by the same search.
 
 These claims were first judged as a part of `noise`, with the same seeds, and before that with seeds 0 to 8.
 
-`python -m experiments run uncertainty` takes about two minutes on two cores and needs fashion_mnist. 9 seeds, fixed
-before any result was seen.
+`python -m experiments run uncertainty` takes about a minute and a half on two cores and needs fashion_mnist. 9 seeds,
+fixed before any result was seen.
 """
 
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ NETWORKS = {
     NORM: {**kind(GROUP), "decay": 0.0},
     DROPOUT: {**kind(normalize=False, dropout=0.5), "decay": 0.0},
 }
-HOWS = ONE, SOFTENED, SAMPLED = ("running statistics", "one temperature", "mean of samples")
+HOWS = ONE, SOFTENED, SAMPLED = ("evaluation mode", "one temperature", "mean of samples")
 FIGURES = LIKELIHOOD, CALIBRATION, UNKNOWN = ("log likelihood", "calibration error", "clothes told from digits")
 SHADES = {ONE: COLORS["batch norm"], SOFTENED: "#e69f00", SAMPLED: "#4dac5e"}
 TEYE = "Teye, Azizpour and Smith 2018"
@@ -104,7 +105,23 @@ EXPERIMENT = Experiment(
     citation="Mattias Teye, Hossein Azizpour and Kevin Smith: Bayesian Uncertainty Estimation for Batch Normalized Deep"
     " Networks. ICML 2018, arXiv:1802.06455.",
     theme=WHEN_IT_HELPS,
-    reader_questions={},
+    answer={
+        "cpu": "Averaged over random batch statistics, the probabilities of a small MLP for test digits were better"
+        " than by its running statistics (log likelihood -0.215 in place of -0.264) and better calibrated (error 1.5%"
+        " in place of 3.6%). But one temperature that softens all predictions did more for the likelihood (-0.204), and"
+        " pieces of clothing were told from digits less often with the samples (83%) than without (85%).",
+    },
+    reader_questions={
+        "Do random batch statistics tell what a network does not know?": (
+            "They make its probabilities more honest for digits, with a calibration error of 1.5% in place of 3.6%, but"
+            " they do not find images of another kind better: 83% of pairs of a piece of clothing and a digit were told"
+            " apart, 85% without them. One temperature for all predictions costs no samples, and gave the better"
+            " likelihood and 87%."
+        ),
+    },
+    surprise="A single number, the temperature of all logits, made the probabilities of a network with batch norm more"
+    " likely than 500 samples of random batch statistics did, and told clothes from digits better. The samples were"
+    " better in calibration alone.",
     differs="The source trains convolutional networks on CIFAR-10 and regresses on tables; here an MLP of three layers"
     " learns 3,500 digits. Its abstract and a summary were read. Running variances are averages of biased ones, as in"
     " Flax: too small where groups are.",
@@ -152,7 +169,8 @@ EXPERIMENT = Experiment(
     tables=[
         table_of(
             "Can the probabilities be trusted?", trust, rows=["network", "how"], columns="figure", form=".3f",
-            note=f"{UNKNOWN.capitalize()}: probability that a piece of clothing has the higher entropy.",
+            note=f"{ONE.capitalize()}: running statistics, no dropout. {UNKNOWN.capitalize()}: probability that a piece"
+            " of clothing has the higher entropy.",
         ),
     ],
     pictures=[
@@ -162,9 +180,10 @@ EXPERIMENT = Experiment(
             partial(draw, UNKNOWN, "area under the ROC curve (higher is better)"),
             file="uncertainty.png", size=(4.6, 3.0),
             title="Does batch norm know what it does not know?",
-            caption=f"The same networks (statistics of {GROUP} examples, no dropout) with their running statistics,"
-            " with one temperature that softens these probabilities, and averaged over 500 samples, each with the"
-            f" statistics of {GROUP} training digits. Unknown are pieces of clothing. A dot a seed, a bar their mean.",
+            caption=f"The same networks (statistics of {GROUP} examples, no dropout) in evaluation mode, that is by"
+            " running statistics, with one temperature that softens these probabilities, and averaged over 500 samples,"
+            f" each with the statistics of {GROUP} training digits. Unknown are pieces of clothing. A dot a seed, a bar"
+            " their mean.",
         ),
     ],
 )  # fmt: skip
