@@ -1,19 +1,21 @@
 """What the report says and draws of single claims, Holm's correction, and the protocol of a run."""
 
+import dataclasses
 import io
 import math
 import re
 
 import numpy as np
 import pytest
-from finished_runs import CLAIM, EVERY, FAILED, HELD, OPEN, results, verdict
+from finished_runs import CLAIM, EVERY, FAILED, HELD, OPEN, finished_run, results, verdict
 from rich.console import Console
 
 from experiments.framework import registry
 from experiments.framework.display import progress
 from experiments.framework.experiment import Experiment, Grid, Search
 from experiments.framework.protocol import parameter_counts, protocol_of, validation_beside_test
-from experiments.framework.report import drawing, words
+from experiments.framework.report import drawing, markdown, words
+from experiments.framework.report.collect import read_run
 from experiments.framework.report.holm import LEVEL, holm, survivors
 from experiments.framework.results import final
 from experiments.framework.show import show_verdicts
@@ -133,6 +135,20 @@ def test_a_verdict_on_the_terminal(effects, outcome):
     assert f"\n{outcome} Claim." in console.file.getvalue()
     assert "  The effect = " in console.file.getvalue()
     assert "Criterion: supported if the 95% interval of the mean over seeds is above 0.5." in console.file.getvalue()
+
+
+@pytest.mark.parametrize("citation", ["A work. ICML 2015", "A work. ICML 2015.", ""])
+def test_a_source_ends_with_one_full_stop(tmp_path, citation):
+    run = read_run(finished_run(tmp_path, [verdict(HELD)]))
+    run = dataclasses.replace(run, experiment=dataclasses.replace(run.experiment, citation=citation))
+    cited = words.citation_of(run)
+    assert cited == f"{citation or run.summary['source']}".rstrip(".") + "."
+    assert f"Source: {cited}\n" in markdown.page_of_run(run)
+
+
+@every_verdict
+def test_no_cell_of_a_table_begins_with_two_spaces(tmp_path, found):
+    assert "|  " not in markdown.page_of_run(read_run(finished_run(tmp_path, [found])))
 
 
 def test_progress_begins_anew_where_a_run_continues():

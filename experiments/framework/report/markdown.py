@@ -42,7 +42,7 @@ def page_of_run(run: Run) -> str:
     validation = (summary.get("protocol") or {}).get("validation")
     return _joined(
         f"# {run.name}",
-        f"**{summary['question']}** {words.answer_of(run)} Source: {run.experiment.citation or summary['source']}.",
+        f"**{summary['question']}** {words.answer_of(run)} Source: {words.citation_of(run)}",
         "What the words mean, and all other experiments: [results](../README.md).",
         *(f"> **Stale**: {reason}" for reason in run.stale),
         *(part for entry in summary["pictures"] for part in _picture(entry)),
@@ -163,7 +163,8 @@ def _emphasized(sentence: str) -> str:
 
 def _verdict_row(found: Verdict) -> list[str]:
     source = f" ({found.source})" if found.source else ""
-    return [f"{found.claim}{source}", f"**{outcome_in_words(found)}**", f"{found.found} {effect_in_words(found)}"]
+    effect = f"{found.found} {effect_in_words(found)}".lstrip()
+    return [f"{found.claim}{source}", f"**{outcome_in_words(found)}**", effect]
 
 
 def _cells(verdicts: Sequence[Verdict]) -> list[str]:

@@ -150,7 +150,7 @@ def _environment() -> jinja2.Environment:
         *(drawing.drawn, drawing.legend_mark, words.threshold_in_words, embedded, size_of, validation_of),
         *(cell_in_words, effect_of, outcome_in_words, protocol_of),
         *(words.answer_of, words.command_of, words.fixed_in_words, words.interval_in_words, words.origin_of),
-        *(words.protocol_in_words, words.failure_in_words, words.count, words.conclusion_of),
+        *(words.citation_of, words.protocol_in_words, words.failure_in_words, words.count, words.conclusion_of),
     )
     environment.globals |= {function.__name__: function for function in shown}
     constants = {"CLASSES": drawing.CLASSES, "SHORT": words.SHORT, "MEANING": words.MEANING, "TITLE": words.TITLE}

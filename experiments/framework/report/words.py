@@ -81,6 +81,11 @@ def source_of(run: Run, verdict: Verdict) -> str:
     return verdict.source or run.summary["source"]
 
 
+def citation_of(run: Run) -> str:
+    """The works that an experiment tests, in full; a full stop at the end."""
+    return (run.experiment.citation or run.summary["source"]).removesuffix(".") + "."
+
+
 def work_of(source: str) -> str:
     """The first work that a source names, as "Ioffe 2015"; its title where it has no year; OURS where there is none."""
     if source[:1].islower() and not source.startswith(("van ", "after ")):
