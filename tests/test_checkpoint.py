@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -194,3 +195,15 @@ def test_nothing_is_written_through_a_link(two, tmp_path):
     with pytest.raises(UserError, match="leads out of"):
         seal(two, 30)
     assert os.listdir(elsewhere) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RuntimeError("Event loop is closed"), 0), (RuntimeError("another"), 1), (ValueError("Event loop is closed"), 1)],
+)
+def test_of_what_threads_cannot_raise_only_closed_loops_are_not_told(monkeypatch, error, told):
+    """The loops are orbax's, which closes them after a write that failed."""
+    seen = []
+    monkeypatch.setattr(checkpoint, "_report_unraisable", seen.append)
+    checkpoint._report_but_closed_loops(types.SimpleNamespace(exc_value=error))
+    assert len(seen) == told

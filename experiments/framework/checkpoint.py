@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +27,23 @@ from experiments.framework.files import NO_SPACE, inside, write_json, writing
 KEPT = 2  # the newest, and the one before in case it is damaged
 STATE, ROWS, SEAL = "state", "metrics.jsonl", "seal.json"
 
-# Orbax logs every file that it opens, and each error several times, with stack traces, before it raises it.
+# Orbax logs every file that it opens, and each error several times, with stack traces, before it raises it. And when
+# one write fails, asyncio logs the failures of all others, which nobody awaits any more.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+# Then orbax closes its event loop while tensorstore still ends other writes. Each of these would print a traceback that
+# the loop is closed, beside the error that says why.
+_report_unraisable = sys.unraisablehook
+
+
+def _report_but_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        _report_unraisable(unraisable)
+
+
+sys.unraisablehook = _report_but_closed_loops
 
 
 class Found(NamedTuple):
