@@ -51,6 +51,13 @@ def draws_of_its_own(request):
         request.module.RNG = np.random.default_rng(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forgotten_programs():
+    """Forget a module's compiled programs at its end: each takes mappings of memory, of which a process has 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call():
     """Skip on an accelerator what asks for a mesh of more devices than there are."""
