@@ -52,9 +52,11 @@
   update();
   form.addEventListener("change", update);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => {
+  form.addEventListener("reset", (event) => {
+    event.preventDefault(); // the browser would reset the choices only after this
+    for (const select of form.querySelectorAll("select")) select.selectedIndex = 0;
     tiles.forEach((tile) => tile.setAttribute("aria-pressed", "false"));
-    setTimeout(update); // once the browser has reset the choices
+    update();
   });
 
   // On paper everything is open.
