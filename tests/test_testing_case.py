@@ -2,7 +2,8 @@
 
 import unittest
 
-from planted_defects import EmptyFeaturesMoved, EpsilonTwice, factory
+from planted_defects import EmptyFeaturesMoved, EpsilonTwice
+from textbook import factory
 
 import jaxbn
 import jaxbn.testing as laws

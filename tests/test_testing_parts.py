@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from planted_defects import Textbook, factory
+from textbook import Textbook, factory
 
 import jaxbn
 import jaxbn.testing as laws
