@@ -113,7 +113,7 @@ EXPERIMENT = Experiment(
     },
     reader_questions={
         "Do random batch statistics tell what a network does not know?": (
-            "Its probabilities for digits are better calibrated with them, by an error of 1.5% in place of 3.6%, but"
+            "Its probabilities for digits are better calibrated with them (an error of 1.5% in place of 3.6%), but"
             " they do not find images of another kind better: 83% of pairs of a piece of clothing and a digit were told"
             " apart, 85% without them. One temperature for all predictions costs no samples, and gave the better"
             " likelihood and 87%."
